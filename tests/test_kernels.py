@@ -1,0 +1,350 @@
+"""The kernels against fp64, over ragged batches of prefill and decode, and bitwise against themselves."""
+
+import os
+import subprocess
+import sys
+import types
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+KERNELS = Path(__file__).parents[1] / "kernels"
+if "serve_kernels" not in sys.modules:  # as serve.py does
+    sys.modules["serve_kernels"] = types.ModuleType("serve_kernels")
+    sys.modules["serve_kernels"].__path__ = [str(KERNELS)]
+
+from serve_kernels import attention, attention_cpu, compile_cpu, linear_cpu  # noqa: E402
+
+PORTABLE = ("-DPORTABLE",)
+needs_compiler = pytest.mark.skipif(attention_cpu.unavailable() is not None, reason=str(attention_cpu.unavailable()))
+
+# (queries, length): prefills from scratch, chunks of longer prompts and decode rows, at block and tile edges ± 1.
+RAGGED = [(1, 1), (1, 15), (1, 16), (1, 17), (33, 33), (1, 64), (1, 65), (7, 130), (1, 31), (64, 64), (17, 32), (1, 200)]
+
+
+@dataclass
+class Case:
+    """A layer's call, on caches that are NaN wherever no token was written."""
+
+    spans: list[tuple[int, int]]  # (queries, length) of each sequence
+    q: list[Tensor]  # of each sequence, for all of its tokens: [length, heads, dim]
+    k: list[Tensor]
+    v: list[Tensor]
+    block_size: int = 16
+    layout: int = 0  # seed of the block tables
+    options: dict | None = None
+
+
+def make_case(
+    spans: list[tuple[int, int]], heads: int = 6, kv_heads: int = 2, dim: int = 64, v_dim: int | None = None,
+    dtype: torch.dtype = torch.bfloat16, block_size: int = 16, **options: object,
+) -> Case:
+    torch.manual_seed(heads * 1000 + dim)
+
+    def draw(count: int, size: int) -> list[Tensor]:
+        return [torch.randn(length, count, size).to(dtype) for _, length in spans]
+
+    q, k, v = draw(heads, dim), draw(kv_heads, dim), draw(kv_heads, v_dim or dim)
+    return Case(spans, q, k, v, block_size, options={"scale": dim**-0.5, **options})
+
+
+def run_case(case: Case, function: types.FunctionType, dtype: torch.dtype | None = None) -> Tensor:
+    """Write what is older than the queries into fresh caches, and call the function with the rest."""
+    size, counts = case.block_size, [-(-length // case.block_size) for _, length in case.spans]
+    shuffled = torch.randperm(sum(counts) + 3, generator=torch.Generator().manual_seed(case.layout)).int()
+    tables = torch.full((len(counts), max(counts) + 1), -1, dtype=torch.int32)
+    for table, blocks in zip(tables, shuffled.split([*counts, 3])):
+        table[: len(blocks)] = blocks
+    slots = [table.long().repeat_interleave(size) * size + torch.arange(len(table) * size) % size for table in tables]
+    (q, k, v), dtype = (case.q, case.k, case.v), dtype or case.q[0].dtype
+    k_cache, v_cache = (torch.full((len(shuffled), size, *x[0].shape[1:]), torch.nan, dtype=dtype) for x in (k, v))
+    for s, (queries, length) in enumerate(case.spans):
+        old = slots[s][: length - queries]
+        k_cache.flatten(0, 1)[old] = k[s][: length - queries].to(dtype)
+        v_cache.flatten(0, 1)[old] = v[s][: length - queries].to(dtype)
+    new = [(s, length - queries, length) for s, (queries, length) in enumerate(case.spans)]
+    q, k, v = (torch.cat([x[s][start:end] for s, start, end in new]).to(dtype) for x in (q, k, v))
+    mapping = torch.cat([slots[s][start:end] for s, start, end in new])
+    bounds = torch.tensor([0] + [queries for queries, _ in case.spans]).cumsum(0).int()
+    lengths = torch.tensor([length for _, length in case.spans], dtype=torch.int32)
+    return function(q, k, v, k_cache, v_cache, mapping, tables, bounds, lengths, **case.options)
+
+
+def native(*args: Tensor, **options: object) -> Tensor:
+    return attention_cpu.paged_attention(*args, **options)
+
+
+def portable(*args: Tensor, **options: object) -> Tensor:
+    return attention_cpu.paged_attention(*args, **options, flags=PORTABLE)
+
+
+IMPLEMENTATIONS = [
+    pytest.param(attention.paged_attention_eager, id="eager"),
+    pytest.param(attention.paged_attention_sdpa, id="sdpa"),
+    pytest.param(native, id="native", marks=needs_compiler),
+    pytest.param(portable, id="portable", marks=needs_compiler),
+]
+COMPILED = IMPLEMENTATIONS[2:]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def check(case: Case, function: types.FunctionType) -> None:
+    """Compare with the fp64 reference on the same inputs, within what rounding the result to its dtype may cost."""
+    want, got = run_case(case, attention.paged_attention_eager, torch.float64), run_case(case, function)
+    assert got.dtype == case.q[0].dtype and not got.isnan().any()
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[got.dtype]
+    torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
+    assert (got.double() - want).norm() / want.norm() < tolerance / 2
+
+
+# ── Attention ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_reference_against_sdpa() -> None:
+    """The reference itself, on whole prompts, against torch's causal attention."""
+    case = make_case([(5, 5), (40, 40)], heads=4, kv_heads=4, dtype=torch.float64)
+    got = run_case(case, attention.paged_attention_eager)
+    each = [[x[s].transpose(0, 1) for x in (case.q, case.k, case.v)] for s in (0, 1)]
+    want = [F.scaled_dot_product_attention(*qkv, is_causal=True).transpose(0, 1) for qkv in each]
+    torch.testing.assert_close(got, torch.cat(want))
+
+
+def test_reference_sinks_window_softcap() -> None:
+    """The reference's options, spelled out for the last query of one sequence."""
+    case = make_case([(1, 20)], heads=1, kv_heads=1, dtype=torch.float64, window=5, softcap=2.0, sinks=torch.tensor([0.7]))
+    scores = 2 * torch.tanh(case.k[0][15:, 0] @ case.q[0][19, 0] * case.options["scale"] / 2)
+    want = scores.exp() @ case.v[0][15:, 0] / (scores.exp().sum() + torch.tensor(0.7).exp())
+    torch.testing.assert_close(run_case(case, attention.paged_attention_eager)[0, 0], want)
+
+
+@pytest.mark.parametrize("function", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_ragged(function: types.FunctionType, dtype: torch.dtype, block_size: int) -> None:
+    check(make_case(RAGGED, dtype=dtype, block_size=block_size), function)
+
+
+@pytest.mark.parametrize("function", IMPLEMENTATIONS[1:])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 8, 50])
+def test_group_sizes(function: types.FunctionType, group: int) -> None:
+    check(make_case([(1, 70), (40, 90), (1, 16)], heads=2 * group), function)
+
+
+@pytest.mark.parametrize("function", IMPLEMENTATIONS[1:])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [16, 64, 80, 96, 112, 128, 256, 40, 72, 320])
+def test_head_sizes(function: types.FunctionType, dtype: torch.dtype, dim: int) -> None:
+    check(make_case([(1, 70), (20, 90), (1, 16)], dim=dim, dtype=dtype), function)
+
+
+@pytest.mark.parametrize("function", IMPLEMENTATIONS[1:])
+@pytest.mark.parametrize("options", [{"v_dim": 32}, {"dtype": torch.float16}, {"block_size": 8}])
+def test_falls_through(function: types.FunctionType, options: dict) -> None:
+    check(make_case([(1, 70), (20, 90), (1, 16)], **options), function)
+
+
+@pytest.mark.parametrize("function", IMPLEMENTATIONS[1:])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": 1},
+        {"window": 37},
+        {"window": 64},
+        {"softcap": 3.0},
+        {"sinks": torch.linspace(-2, 4, 6)},
+        {"window": 20, "softcap": 5.0, "sinks": torch.linspace(-2, 4, 6)},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_window_softcap_sinks(function: types.FunctionType, dtype: torch.dtype, options: dict) -> None:
+    check(make_case(RAGGED, dtype=dtype, **options), function)
+
+
+@pytest.mark.parametrize("function", IMPLEMENTATIONS[1:])
+def test_large_scores(function: types.FunctionType) -> None:
+    """Scores in the hundreds, all of one sign or the other: the softmax must neither overflow nor vanish."""
+    case = make_case([(1, 70), (20, 90)], dtype=torch.float32)
+    for sign in (-1, 1):
+        far = replace(case, q=[x.abs() * 20 for x in case.q], k=[x.abs() * 20 * sign for x in case.k])
+        far.k = [x + 0.01 * y for x, y in zip(far.k, case.k)]
+        want, got = run_case(far, attention.paged_attention_eager, torch.float64), run_case(far, function)
+        torch.testing.assert_close(got.double(), want, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("function", IMPLEMENTATIONS)
+def test_strided_inputs(function: types.FunctionType) -> None:
+    """transformers hands over [1, heads, tokens, dim] transposed, or slices of a fused projection."""
+    case = make_case(RAGGED)
+
+    def strided(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor, **options: object) -> Tensor:
+        fused = torch.cat([x.flatten(1) for x in (k, v)], 1)
+        k, v = (x.unflatten(1, k.shape[1:]) for x in fused.split(k[0].numel(), 1))
+        return function(q.transpose(0, 1).contiguous().transpose(0, 1), k, v, *rest, **options)
+
+    torch.testing.assert_close(run_case(case, strided), run_case(case, function), atol=0, rtol=0)
+
+
+# ── Batch invariance ──────────────────────────────────────────────────────────────────────────
+
+OPTIONS = [{}, {"window": 50}, {"softcap": 4.0, "sinks": torch.linspace(-2, 4, 6)}]
+
+
+@pytest.mark.parametrize("function", COMPILED)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "window", "softcap-sinks"])
+def test_batch_invariance(function: types.FunctionType, dtype: torch.dtype, options: dict) -> None:
+    """Bitwise: alone, in a batch, prefilled at once, in chunks or token by token, in any blocks, on any number of threads."""
+    length = 150
+    whole = make_case([(length, length)], dtype=dtype, **options)
+    want = run_case(whole, function)
+
+    def rows(case: Case, sequence: int = 0) -> Tensor:
+        out = run_case(case, function)
+        return out.split([queries for queries, _ in case.spans])[sequence]
+
+    for chunk in (1, 5, 16, 64, 97):
+        for end in range(chunk, length + 1, chunk):
+            assert torch.equal(rows(replace(whole, spans=[(chunk, end)])), want[end - chunk : end]), (chunk, end)
+    assert torch.equal(rows(replace(whole, layout=7)), want)
+    assert torch.equal(rows(replace(whole, block_size=48)), want)
+    other = make_case(RAGGED, dtype=dtype)
+    mixed = replace(
+        whole, spans=other.spans + [(30, length)], **{x: getattr(other, x) + getattr(whole, x) for x in ("q", "k", "v")}
+    )
+    assert torch.equal(rows(mixed, -1), want[-30:])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads % 2 + 1)
+        assert torch.equal(rows(whole), want)
+    finally:
+        torch.set_num_threads(threads)
+
+
+# ── Linear layers ─────────────────────────────────────────────────────────────────────────────
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+def make_linear(out_features: int, in_features: int, dtype: torch.dtype, bias: bool = False) -> nn.Linear:
+    torch.manual_seed(out_features + in_features)
+    linear = nn.Linear(in_features, out_features, bias, dtype=dtype).requires_grad_(False)
+    if not linear_cpu.packable(linear):
+        pytest.skip(f"oneDNN does not multiply {dtype} on this CPU")
+    return linear
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(960, 576), (576, 1536), (100, 72), (33, 130), (1, 64)])
+def test_packed_linear(dtype: torch.dtype, bias: bool, shape: tuple[int, int]) -> None:
+    linear = make_linear(*shape, dtype, bias)
+    packed = linear_cpu.PackedLinear(linear)
+    for size in [(1,), (7,), (1, 1), (2, 3), (0,), (1, 0)]:
+        x = torch.randn(*size, shape[1]).to(dtype)
+        want = F.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(packed(x).double(), want, atol=tolerance, rtol=tolerance)
+    assert packed(torch.randn(shape[1]).to(dtype)[None, None]).shape == (1, 1, shape[0])
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(960, 576), (576, 576), (3072, 576), (576, 1536), (1536, 4864), (33, 130), (8192, 576)])
+def test_packed_linear_batch_invariance(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """Bitwise: a row's result does not depend on how many rows are in the call."""
+    packed = linear_cpu.PackedLinear(make_linear(*shape, dtype))
+    x = torch.randn(256, shape[1]).to(dtype)
+    want = packed(x)
+    for rows in (1, 2, 3, 7, 16, 64):
+        got = torch.cat([packed(part) for part in x[:64].split(rows)])
+        assert torch.equal(got, want[:64]), rows
+
+
+@needs_onednn
+def test_pack_linears() -> None:
+    """Plain layers go, subclasses and hooked layers stay, shared layers stay shared, tied weights survive in the embedding."""
+
+    class Special(nn.Linear):
+        pass
+
+    plain = make_linear(32, 16, torch.float32)
+    layers = {"plain": plain, "again": nn.Sequential(plain), "special": Special(16, 32), "head": nn.Linear(16, 50)}
+    model = nn.ModuleDict({"embedding": nn.Embedding(50, 16), "hooked": nn.Linear(16, 16), **layers})
+    model["hooked"].register_forward_hook(lambda *_: None)
+    model["head"].weight = model["embedding"].weight
+    x = torch.randn(3, 16)
+    want = {name: model[name](x) for name in ("plain", "head")}
+    assert linear_cpu.pack_linears(model) == 2
+    assert model["again"][0] is model["plain"] and type(model["plain"]) is linear_cpu.PackedLinear
+    assert type(model["special"]) is Special and type(model["hooked"]) is nn.Linear
+    assert model["embedding"].weight.shape == (50, 16)
+    for name, result in want.items():
+        torch.testing.assert_close(model[name](x), result, atol=1e-5, rtol=1e-5)
+    assert "plain.weight" not in model.state_dict()
+    weight = model["plain"].weight  # what transformers asks a layer's weight for
+    assert (weight.dtype, weight.device.type, tuple(weight.shape)) == (torch.float32, "cpu", (32, 16))
+
+
+# ── Compilation ───────────────────────────────────────────────────────────────────────────────
+
+
+def python(code: str, **environment: str) -> str:
+    """Run code in a fresh interpreter that has `serve_kernels`, and return what it prints."""
+    setup = f"import sys, types\nm = sys.modules['serve_kernels'] = types.ModuleType('serve_kernels')\nm.__path__ = [{str(KERNELS)!r}]\n"
+    result = subprocess.run(
+        [sys.executable, "-c", setup + code], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_no_compiler_is_a_reason(tmp_path: Path) -> None:
+    code = "from serve_kernels import attention_cpu\nprint(attention_cpu.unavailable())"
+    assert "no C++ compiler" in python(code, PATH=str(tmp_path), SERVE_CACHE=str(tmp_path / "cache"))
+
+
+def test_failed_compilation_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "g++").write_text("#!/bin/sh\ncase $* in *version*) exit 0;; esac\necho 'x.cpp:1: error: bad day' >&2\nexit 1\n")
+    (tmp_path / "g++").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SERVE_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(compile_cpu.CompileError, match="bad day"):
+        compile_cpu.load(attention_cpu.SOURCE)
+    assert list((tmp_path / "cache" / "kernels").iterdir()) == []  # nothing half-written stays behind
+
+
+def test_unwritable_cache_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SERVE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(compile_cpu.CompileError):
+        compile_cpu.load(attention_cpu.SOURCE)
+
+
+@needs_compiler
+def test_compiled_once_then_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVE_CACHE", str(tmp_path))
+    source = tmp_path / "answer.cpp"
+    source.write_text('extern "C" int answer() { return VALUE; }')
+    assert compile_cpu.load(source, "-DVALUE=41").answer() == 41
+    assert compile_cpu.load(source, "-DVALUE=42").answer() == 42  # other flags, another library
+    stamps = {file: file.stat().st_mtime_ns for file in (tmp_path / "kernels").iterdir()}
+    assert len(stamps) == 2 and all(file.suffix == ".so" for file in stamps)
+    assert compile_cpu.load(source, "-DVALUE=42").answer() == 42
+    assert stamps == {file: file.stat().st_mtime_ns for file in (tmp_path / "kernels").iterdir()}
+
+
+@needs_compiler
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+def test_one_openmp_runtime() -> None:
+    """The kernel must join torch's OpenMP: a second runtime's threads would spin against the first's."""
+    code = (
+        "import re\nfrom serve_kernels import attention_cpu\nassert attention_cpu.unavailable() is None\n"
+        "print(len(set(re.findall(r'\\S*lib(?:gomp|omp|iomp5)[^/\\s]*\\.so\\S*', open('/proc/self/maps').read()))))"
+    )
+    assert python(code).strip() == "1"
