@@ -439,6 +439,7 @@ class Scheduler:
         self.max_batch_tokens = max_batch_tokens if paged else sys.maxsize
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
+        self.budget = 0  # tokens that the step being scheduled has left
 
     @property
     def idle(self) -> bool:
@@ -447,27 +448,29 @@ class Scheduler:
     def schedule(self) -> Batch:
         """Return the next step's batch; every scheduled token has a slot in its sequence's blocks."""
         batch: Batch = {}
+        self.budget = self.max_batch_tokens
         for seq in sorted(self.running, key=lambda seq: len(seq.token_ids) - seq.num_computed_tokens > 1):
             if seq.block_table:  # not preempted by a sequence before it
                 self.grow(seq, batch)
         self.publish(batch)
-        while self.waiting and len(self.running) < self.max_running and sum(batch.values()) < self.max_batch_tokens:
+        while self.waiting and self.budget and len(self.running) < self.max_running:
             if not self.admit(self.waiting[0], batch):
                 break
+        assert batch or self.idle
         return batch
 
     def grow(self, seq: Sequence, batch: Batch) -> None:
         """Schedule a running sequence's next tokens, taking blocks from the youngest if there are no others."""
-        count = min(len(seq.token_ids) - seq.num_computed_tokens, self.max_batch_tokens - sum(batch.values()))
+        count = min(len(seq.token_ids) - seq.num_computed_tokens, self.budget)
         if count == 0:
             return
         while (blocks := self.pool.allocate(self.missing(seq, seq.num_computed_tokens + count))) is None:
             self.preempt(victim := self.running[-1])
-            batch.pop(victim, None)
+            self.budget += batch.pop(victim, 0)
             if victim is seq:
                 return
         seq.block_table += blocks
-        batch[seq] = count
+        self.add(seq, count, batch)
 
     def admit(self, seq: Sequence, batch: Batch) -> bool:
         """Move the first waiting sequence to the running ones, if all of its known tokens can have blocks."""
@@ -484,9 +487,13 @@ class Scheduler:
         seq.block_table += blocks
         self.waiting.popleft()
         self.running.append(seq)
-        batch[seq] = min(len(seq.token_ids) - seq.num_computed_tokens, self.max_batch_tokens - sum(batch.values()))
+        self.add(seq, min(len(seq.token_ids) - seq.num_computed_tokens, self.budget), batch)
         self.publish({seq: batch[seq]})
         return True
+
+    def add(self, seq: Sequence, count: int, batch: Batch) -> None:
+        batch[seq] = count
+        self.budget -= count
 
     def missing(self, seq: Sequence, num_tokens: int) -> int:
         return max(0, self.pool.blocks_for(num_tokens) - len(seq.block_table))
@@ -1096,7 +1103,8 @@ class TokenStream:
         self.sequences: list[Sequence] = []
         self.closed = False
         self.changed = trio.Event()
-        self.delivered: set[int] = set()  # indices of the sequences whose last tokens have been yielded
+        self.news: dict[Sequence, None] = {}  # the sequences with tokens that were not looked at
+        self.unfinished = 0  # sequences whose last tokens were not looked at
 
     async def __aenter__(self) -> TokenStream:
         self.engine.enter(self)
@@ -1110,22 +1118,26 @@ class TokenStream:
         return self
 
     async def __anext__(self) -> tuple[Sequence, list[Token]]:
-        while True:
-            for seq in self.sequences:
-                if seq.index not in self.delivered and (seq.arrived or seq.finish_reason):
-                    tokens, seq.arrived = seq.arrived, []
-                    if seq.finish_reason:
-                        self.delivered.add(seq.index)
-                    return seq, tokens
-            if len(self.delivered) == len(self.sequences):
+        while not self.news:
+            if not self.unfinished:
                 raise StopAsyncIteration
             self.changed = trio.Event()
             await self.changed.wait()
+        seq = next(iter(self.news))
+        del self.news[seq]
+        self.unfinished -= seq.finish_reason is not None
+        tokens, seq.arrived = seq.arrived, []
+        return seq, tokens
 
-    def finish(self, seq: Sequence, reason: str) -> None:
-        """End one sequence from outside, a stop string being found in its text."""
-        seq.finish_reason = reason
-        self.delivered.add(seq.index)
+    def tell(self, seq: Sequence) -> None:
+        """Let the request's task know of a sequence's new tokens."""
+        self.news[seq] = None
+        self.changed.set()
+
+    def finish(self, seq: Sequence) -> None:
+        """End a sequence from outside: a stop string was found in its text."""
+        seq.finish_reason = "stop"
+        self.unfinished -= 1
         self.engine.wake()
 
 
@@ -1172,6 +1184,7 @@ class Engine:
     def enter(self, stream: TokenStream) -> None:
         if self.stopped:
             raise APIError(503, "The model was just unloaded: try again.", "model_unloaded")
+        stream.unfinished = len(stream.sequences)
         self.scheduler.waiting += stream.sequences
         self.wake()
 
@@ -1200,11 +1213,11 @@ class Engine:
         for seq, count in batch.items():
             seq.num_computed_tokens += count
         for seq, token in zip(receivers, tokens, strict=True):
-            seq.token_ids.append(token.id)
-            seq.arrived.append(token)
-            if seq.finish_reason is None:
+            if not seq.abandoned:
+                seq.token_ids.append(token.id)
+                seq.arrived.append(token)
                 seq.finish_reason = self.finish_reason(seq, token)
-            seq.stream.changed.set()
+                seq.stream.tell(seq)
 
     def finish_reason(self, seq: Sequence, token: Token) -> str | None:
         """Return why the sequence ends with this token, or None if it goes on."""
@@ -1515,7 +1528,8 @@ def delta(stream: TokenStream, seq: Sequence, tokens: list[Token], text: Detoken
     for used, step in enumerate(steps, 1):
         pieces.append(text.add([token.id for token in step]))
         if text.stopped:
-            stream.finish(seq, "stop")
+            if seq.finish_reason is None:
+                stream.finish(seq)
             return Delta(seq.index, "".join(pieces), visible[:used], used, "stop")
     if seq.finish_reason:
         pieces.append(text.add([], last=True))
@@ -1646,12 +1660,16 @@ Probability = Annotated[float, Meta(ge=0, le=1)]
 Count = Annotated[int, Meta(ge=0)]
 
 
+class StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+
+
 class SamplingFields(msgspec.Struct, kw_only=True):
     """The fields that chat and text completions share; null is the same as absent."""
 
     model: str | None = None
     stream: bool | None = None
-    stream_options: dict[str, Any] | None = None
+    stream_options: StreamOptions | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Probability | None = None
     top_k: Annotated[int, Meta(ge=-1)] | None = None
@@ -1660,7 +1678,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
     logit_bias: dict[int, Annotated[float, Meta(ge=-100, le=100)]] | None = None
-    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    seed: int | None = None
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     best_of: int | None = None
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
@@ -1721,6 +1739,8 @@ def sampling_params(body: SamplingFields, model: Model, logprobs: int | None) ->
         raise APIError(400, "stop must not contain an empty string.", "invalid_value", "stop")
     if body.min_tokens and body.max_tokens and body.min_tokens > body.max_tokens:
         raise APIError(400, f"min_tokens is more than max_tokens, {body.max_tokens}.", "invalid_value", "min_tokens")
+    if body.seed is not None and not -(2**63) <= body.seed < 2**64:
+        raise APIError(400, "seed must have at most 64 bits.", "invalid_value", "seed")
     for name in ("logit_bias", "stop_token_ids"):
         if any(not 0 <= id < model.vocab_size for id in getattr(body, name) or ()):
             raise APIError(400, f"{name} has a token id outside the vocabulary of {model.vocab_size}.", "invalid_value", name)
@@ -1804,7 +1824,7 @@ async def chat_completions() -> Response:
     kwargs = template_kwargs(body, engine.model)
     prompt = await trio.to_thread.run_sync(render_chat, engine.model, body.messages, bool(body.continue_final_message), kwargs)
     stream = engine.submit([prompt], sampling, body.n or 1)
-    chunks = chat_chunks(stream, bool(body.stream_options and body.stream_options.get("include_usage")) or not body.stream)
+    chunks = chat_chunks(stream, not body.stream or bool(body.stream_options and body.stream_options.include_usage))
     return event_stream(chunks) if body.stream else json_response(await fold_chat(chunks))
 
 
@@ -1922,16 +1942,16 @@ async def load_model_stream() -> Response:
     name = app.models.resolve(body.model)
     cached = name in app.models.loaded and app.models.loaded[name].ready.is_set()
 
-    async def events() -> AsyncIterator[bytes]:
+    async def events() -> AsyncIterator[dict[str, Any]]:
         loaded = app.models.request(name)
         while not loaded.ready.is_set():
-            yield b"data: " + encode({"status": "loading", "model": body.model, "stage": loaded.stage}) + b"\n\n"
+            yield {"status": "loading", "model": body.model, "stage": loaded.stage}
             with trio.move_on_after(1):
                 await loaded.ready.wait()
         end = {"status": "error", "message": str(loaded.error)} if loaded.error else {"status": "ready", "cached": cached}
-        yield b"data: " + encode({**end, "model": body.model}) + b"\n\n"
+        yield {**end, "model": body.model}
 
-    return Response(events(), content_type="text/event-stream")
+    return event_stream(events())
 
 
 @app.post("/reset")
