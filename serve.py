@@ -14,8 +14,8 @@ The life of a request, top to bottom of this file and back:
     Engine.deliver     appends the tokens to their streams; whoever left the stream is dropped at the next step
     deltas             turns tokens into text, stops at stop strings; chat_chunks makes them chunks, sent or folded
 
-Contents: Configuration · Paged KV cache · Sequences · Scheduler · Model · Runner · Sampling · Engine · Model pool ·
-Prompts · Deltas · HTTP · Sampling fields · Chat completions · Models and health · Main.
+Contents: Configuration · Paged KV cache · Sequences · Scheduler · Model · Runner · Fusion · Sampling · Engine ·
+Model pool · Prompts · Deltas · HTTP · Sampling fields · Chat completions · Models and health · Main.
 Each banner is the name of its test file.
 """
 from __future__ import annotations
@@ -53,6 +53,7 @@ from contextlib import aclosing
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 # A short spin between parallel regions is nearly as fast as an endless one and harmless to neighbours; libgomp reads it
 # when torch loads it.
@@ -74,7 +75,7 @@ import trio
 from msgspec import Meta
 from quart import Response, request
 from quart_trio import QuartTrio
-from serve_kernels import attention, attention_cpu, linear_cpu
+from serve_kernels import attention, attention_cpu, decoder_layer_cpu, linear_cpu
 from torch import Tensor
 from werkzeug.exceptions import HTTPException
 
@@ -252,8 +253,11 @@ class APIError(Exception):
     """What a client did wrong, or cannot have now; becomes the OpenAI error envelope."""
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(status, message, code, param)
         self.status, self.message, self.code, self.param = status, message, code, param
+
+    def __str__(self) -> str:
+        return self.message
 
 
 # ── Paged KV cache ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -774,12 +778,12 @@ def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, a
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
     k_cache, v_cache = runner.layer_cache(module.layer_idx, k, v)
     runner.calls += 1
-    runner.windowed |= bool(sliding_window)
-    sinks = s_aux if s_aux is not None else getattr(module, "sinks", None)
+    runner.options[module.layer_idx] = options = {
+        "scale": q.shape[-1] ** -0.5 if scaling is None else scaling, "window": sliding_window or 0, "softcap": softcap or 0.0,
+        "sinks": s_aux if s_aux is not None else getattr(module, "sinks", None)}
     batch = runner.batch
     out = runner.attention(q, k, v, k_cache, v_cache, batch.slot_mapping, batch.block_tables, batch.cu_seqlens_q,
-                           batch.seq_lens, scale=q.shape[-1] ** -0.5 if scaling is None else scaling,
-                           window=sliding_window or 0, softcap=softcap or 0.0, sinks=sinks)
+                           batch.seq_lens, **options)
     return out.unsqueeze(0), None
 
 
@@ -790,10 +794,10 @@ class PagedRunner:
 
     def __init__(self, model: Model, kernel: Callable[..., Tensor], block_size: int) -> None:
         self.model, self.attention, self.block_size = model, kernel, block_size
-        self.num_blocks = 8  # enough for the self-test
+        self.num_blocks = 1 + 4 * -(-64 // block_size)  # enough for scratch_sequences
         self.caches: dict[int, tuple[Tensor, Tensor]] = {}
         self.batch: Ragged | None = None
-        self.calls, self.windowed = 0, False
+        self.calls, self.options = 0, {}  # how often `attend` was called, and with which arguments by layer
         self.keeps_logits = "logits_to_keep" in inspect.signature(model.network.forward).parameters
 
     def layer_cache(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -860,23 +864,6 @@ class SequentialRunner:
 Runner = PagedRunner | SequentialRunner
 
 
-@torch.inference_mode()
-def make_runner(model: Model, config: Config) -> tuple[Runner, int]:
-    """Return the runner for a model and the number of its blocks: paged if the self-test passes."""
-    kernel, name = choose_attention(config.attention, model.device)
-    if model.device.type == "cpu":
-        linear_cpu.pack_linears(model.network)
-    runner = PagedRunner(model, kernel, config.block_size)
-    if (problem := self_test(runner)) is not None:
-        log.warning("%s: no paged attention (%s); each sequence keeps a cache of its own", model.id, problem)
-        # Blocks only count tokens here: how many a step may hold is bounded by max_running.
-        return SequentialRunner(model), 1 + config.max_running * -(-model.max_model_len // config.block_size)
-    useful = 1 + config.max_running * -(-model.max_model_len // config.block_size)
-    runner.resize(max(2, min(useful, cache_bytes(config, model.device) // runner.block_bytes)))
-    log.info("%s: %s attention, %d blocks of %d tokens", model.id, name, runner.num_blocks, config.block_size)
-    return runner, runner.num_blocks
-
-
 def choose_attention(kind: str, device: torch.device) -> tuple[Callable[..., Tensor], str]:
     """Return the attention kernel and its name. Raises APIError 400 for one that cannot run here."""
     if kind == "eager":
@@ -910,21 +897,21 @@ def self_test(runner: PagedRunner) -> str | None:
     if kinds - {"full_attention", "sliding_attention"} or getattr(text, "attention_chunk_size", None):
         return "layers: " + ", ".join(sorted(kinds))
     own = network.config._attn_implementation
-    generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(runner.model.vocab_size, (n,), generator=generator).tolist() for n in (13, 9)]
-    device = runner.model.device
-    expected = torch.cat([network(input_ids=torch.tensor([p], device=device), use_cache=False).logits[0, -1:] for p in prompts])
+    one, two = scratch_sequences(runner, 13, 9)
+    prompts = [torch.tensor([seq.token_ids], device=runner.model.device) for seq in (one, two)]
+    expected = torch.cat([network(input_ids=prompt, use_cache=False).logits[0, -1:] for prompt in prompts])
     try:
         transformers.AttentionInterface.register("paged_attention", attend)
         network.set_attn_implementation("paged_attention")
-        got = run_self_test(runner, prompts)
-        worst = ((got - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
+        advance(runner, {one: 7, two: 4})
+        second, first = advance(runner, {one: 5, two: 5}), advance(runner, {one: 1})
+        worst = ((torch.cat([first, second]) - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
         problem = None
         if len(runner.caches) != text.num_hidden_layers or runner.calls != 3 * len(runner.caches):
             problem = f"{len(runner.caches)} of {text.num_hidden_layers} layers attend through ours"
-        elif "sliding_attention" in kinds and not runner.windowed:
+        elif "sliding_attention" in kinds and not any(options["window"] for options in runner.options.values()):
             problem = "the sliding window is not passed on"
-        elif not worst < (1e-3 if got.dtype == torch.float32 else 0.1):
+        elif not worst < (1e-3 if expected.dtype == torch.float32 else 0.1):
             problem = f"logits differ by {worst:.1e}"
     except Exception as error:  # whatever a model's own code raises when it meets an attention function like ours
         log.debug("self-test", exc_info=True)
@@ -935,22 +922,132 @@ def self_test(runner: PagedRunner) -> str | None:
     return problem
 
 
-def run_self_test(runner: PagedRunner, prompts: list[list[int]]) -> Tensor:
-    """Return the last logits [2, vocab] of two prompts, run as a prefill, a mixed batch and a decode."""
-    one, two = (Sequence(ids, len(ids), SamplingParams(), 0, b"", None, 0, block_table=table)
-                for ids, table in zip(prompts, ([3, 1, 6, 4], [5, 2])))
-    size = runner.block_size
-    if size < 13:  # tables of as many tokens whatever the block size
-        runner.num_blocks = 32
-        one.block_table, two.block_table = list(range(1, 14)), list(range(14, 23))
-    logits = []
-    for batch in ({one: 7, two: 4}, {one: 5, two: 5}, {one: 1}):
-        out = runner.forward(batch)
-        logits += [out] if sampled(batch) else []
-        for seq, count in batch.items():
-            seq.num_computed_tokens += count
-    second, first = logits
-    return torch.cat([first, second])
+def scratch_sequences(runner: PagedRunner, *lengths: int) -> list[Sequence]:
+    """Return sequences of random tokens, at most 64 each and 4 in number, in blocks of a cache that nobody uses yet."""
+    pool, generator = BlockPool(runner.num_blocks, runner.block_size), torch.Generator().manual_seed(0)
+    sequences = []
+    for length in lengths:
+        ids = torch.randint(runner.model.vocab_size, (length,), generator=generator).tolist()
+        blocks = pool.allocate(pool.blocks_for(64))
+        sequences.append(Sequence(ids, length, SamplingParams(), 0, b"", None, 0, block_table=blocks))
+    return sequences
+
+
+def advance(runner: PagedRunner, batch: Batch) -> Tensor:
+    """Run a batch outside of the engine; return its logits [samples, vocab]."""
+    logits = runner.forward(batch)
+    for seq, count in batch.items():
+        seq.num_computed_tokens += count
+    return logits
+
+
+# ── Fusion ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Verify, then patch: the one way in which fused code replaces a model's own. No list of models: a layer is taken by its
+# structure, and only if the fused layer gives what the original gives.
+
+
+class PatchedLayer(torch.nn.Module):
+    """Stands where a decoder layer stood, and runs the fused one over the step's batch."""
+
+    def __init__(self, fused: decoder_layer_cpu.FusedLayer, layer: int, options: dict[str, Any], returns_tuple: bool) -> None:
+        super().__init__()
+        self.fused, self.layer, self.options, self.returns_tuple = fused, layer, options, returns_tuple
+
+    def forward(self, hidden_states: Tensor, *_: Any, position_embeddings: tuple[Tensor, Tensor], **__: Any) -> Any:
+        """hidden_states [1, tokens, hidden]; position_embeddings: cos and sin [1, tokens, rotary_dim]."""
+        batch, (cos, sin) = _step.runner.batch, position_embeddings
+        out = self.fused(hidden_states[0], cos[0], sin[0], *_step.runner.caches[self.layer], batch.slot_mapping,
+                         batch.block_tables, batch.cu_seqlens_q, batch.seq_lens, **self.options).unsqueeze(0)
+        return (out,) if self.returns_tuple else out
+
+
+def fuse_layers(runner: PagedRunner) -> None:
+    """Replace the decoder layers whose fused twin agrees with them, at a prompt's shape and at a decode's; log which."""
+    if runner.attention is not attention_cpu.paged_attention or decoder_layer_cpu.unavailable():
+        return
+    prompt, one, two = scratch_sequences(runner, 40, 21, 8)
+    advance(runner, {one: 20, two: 7})
+    decodes = {one: 1, two: 1}
+    left: Counter[str] = Counter()
+    fused = 0
+
+    def try_layer(layer: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        nonlocal fused
+        problem = decoder_layer_cpu.unsupported(layer)
+        if problem is None:
+            index = layer.self_attn.layer_idx
+            patch = PatchedLayer(decoder_layer_cpu.FusedLayer(layer), index, runner.options[index], isinstance(output, tuple))
+            problem = disagreement(runner, layer, patch, decodes, args, kwargs)
+        if problem is None:
+            replacements[layer] = patch
+            for parameter in layer.parameters():  # one layer's weights at a time are there twice
+                parameter.data = parameter.data.new_empty(0)
+            fused += 1
+        else:
+            left[problem] += 1
+
+    replacements: dict[torch.nn.Module, PatchedLayer] = {}
+    hooks = [module.register_forward_hook(try_layer, with_kwargs=True) for module in runner.model.network.modules()
+             if getattr(getattr(module, "self_attn", None), "layer_idx", None) in runner.caches]
+    runner.forward({prompt: 40, **decodes})
+    for hook in hooks:
+        hook.remove()
+    replace_modules(runner.model.network, replacements)
+    log.info("%s: %d layers fused%s", runner.model.id, fused, "".join(f", {n} left ({why})" for why, n in left.items()))
+
+
+def disagreement(runner: PagedRunner, layer: torch.nn.Module, patch: PatchedLayer, decodes: Batch, args: tuple,
+                 kwargs: dict[str, Any]) -> str | None:
+    """Return how a patch differs from its layer, on the batch it was just called with and on its decodes alone, or None."""
+    whole, tokens = runner.batch, runner.batch.slot_mapping.numel()
+    alone = ragged(decodes, runner.block_size, runner.model.device)
+
+    def last_rows(value: Any) -> Any:  # of whatever has one row per token
+        if isinstance(value, tuple):
+            return tuple(map(last_rows, value))
+        is_rows = isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == tokens
+        return value[:, -len(decodes):].contiguous() if is_rows else value
+
+    for batch, cut in ((whole, lambda value: value), (alone, last_rows)):
+        runner.batch = batch
+        args_, kwargs_ = tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}
+        try:
+            want, got = (f(*args_, **kwargs_) for f in (layer.forward, patch.forward))
+        except TypeError as error:
+            return f"called in another way: {error}"
+        finally:
+            runner.batch = whole
+        want, got, before = (x[0] if isinstance(x, tuple) else x for x in (want, got, args_))
+        error = ((got - want).float().norm() / (want - before).float().norm()).item()  # beside what the layer adds
+        if not error < 4 * torch.finfo(want.dtype).eps:
+            return f"results differ by {error:.1e}"
+    return None
+
+
+def replace_modules(network: torch.nn.Module, replacements: dict[torch.nn.Module, torch.nn.Module]) -> None:
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if child in replacements:
+                setattr(parent, name, replacements[child])
+
+
+@torch.inference_mode()
+def make_runner(model: Model, config: Config) -> tuple[Runner, int]:
+    """Return the runner for a model and the number of its blocks: paged if the self-test passes."""
+    kernel, name = choose_attention(config.attention, model.device)
+    runner = PagedRunner(model, kernel, config.block_size)
+    problem = self_test(runner)
+    if problem is None:
+        fuse_layers(runner)
+    if model.device.type == "cpu":
+        linear_cpu.pack_linears(model.network)
+    useful = 1 + config.max_running * -(-model.max_model_len // config.block_size)
+    if problem is not None:
+        log.warning("%s: no paged attention (%s); each sequence keeps a cache of its own", model.id, problem)
+        return SequentialRunner(model), useful  # here blocks only count tokens
+    runner.resize(max(2, min(useful, cache_bytes(config, model.device) // runner.block_bytes)))
+    log.info("%s: %s attention, %d blocks of %d tokens", model.id, name, runner.num_blocks, config.block_size)
+    return runner, runner.num_blocks
 
 
 # ── Sampling ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1325,7 +1422,8 @@ class ModelPool:
 
     def resolve(self, name: str | None) -> str:
         """Return the name of the model that answers a request for `name`."""
-        if not name or self.config.force_model or name == self.config.served_model_name:
+        # "dummy" is what huggingface_hub's clients send for "whatever model that address serves".
+        if name in (None, "", "dummy", self.config.served_model_name) or self.config.force_model:
             return self.default
         return name.removesuffix("@main")
 
@@ -1447,6 +1545,9 @@ def plain_messages(messages: list[dict[str, Any]], template: str) -> list[dict[s
         if role not in ROLES:
             raise APIError(400, f"role must be one of {', '.join(ROLES)}, not {role!r}.", "invalid_messages",
                            f"messages[{i}].role")
+        if message.get("tool_calls") and "tool_calls" not in template:
+            raise APIError(400, "tool calls are not supported by this model.", "unsupported_content",
+                           f"messages[{i}].tool_calls")
         if role == "developer" and "developer" not in template:
             role = "system"
         plain.append({**message, "role": role, "content": plain_content(message, f"messages[{i}].content")})
@@ -1540,7 +1641,7 @@ def delta(stream: TokenStream, seq: Sequence, tokens: list[Token], text: Detoken
 # What every endpoint shares: the app, the error envelope, body decoding, server-sent events, limits.
 
 MAX_BODY_BYTES = 64 << 20
-LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+LOOPBACK = re.compile(r"(localhost\.?|127\.\d+\.\d+\.\d+|\[?::1\]?)(:\d+)?", re.IGNORECASE)
 
 
 class App(QuartTrio):
@@ -1560,6 +1661,7 @@ class App(QuartTrio):
 
 
 app = App("serve", static_folder=None)
+app.url_map.merge_slashes = False  # or // is redirected, in HTML
 app.config.update(RESPONSE_TIMEOUT=None, BODY_TIMEOUT=None, MAX_CONTENT_LENGTH=MAX_BODY_BYTES)
 encode = msgspec.json.Encoder().encode
 
@@ -1595,20 +1697,30 @@ async def our_error(error: Exception) -> Response:
 @app.before_request
 async def gatekeeper() -> None:
     """Turn away what must not reach an endpoint: requests during shutdown, and web pages that rebind a name to loopback."""
-    host = request.host.rsplit(":", 1)[0].strip("[]")
-    if app.settings.host in LOOPBACK and host not in LOOPBACK:
+    if LOOPBACK.fullmatch(app.settings.host) and not LOOPBACK.fullmatch(request.host):
         raise APIError(403, "This server answers on loopback only: the Host header names another.", "forbidden_host")
+    origin = request.headers.get("Origin")  # a foreign web page may not even ask: it can, unread, in a plain POST
+    if origin and not allows(origin) and urlsplit(origin).netloc != request.host:
+        raise APIError(403, "Web pages of this origin may not call this server: see --cors-origin.", "forbidden_origin")
     if app.draining:
         raise APIError(503, "The server is shutting down.", "shutting_down")
     if not app.models.started and request.path != "/health" and not request.path.startswith("/v1/models"):
         raise APIError(503, "The model is still loading.", "loading")
 
 
+def allows(origin: str) -> bool:
+    """Return whether web pages of this origin may call the server."""
+    return app.settings.enable_cors or origin in app.settings.cors_origin
+
+
 @app.after_request
-async def allow_origin(response: Response) -> Response:
-    """Tell browsers which pages may read the answer."""
+async def add_headers(response: Response) -> Response:
+    """Tell browsers which pages may read the answer, and echo the request's id."""
+    request_id = request.headers.get("X-Request-Id", "")
+    printable = 0 < len(request_id) <= 128 and request_id.isascii() and request_id.isprintable()
+    response.headers["X-Request-Id"] = request_id if printable else uuid.uuid4().hex
     origin = request.headers.get("Origin")
-    if origin and (app.settings.enable_cors or origin in app.settings.cors_origin):
+    if origin and allows(origin):
         response.headers["Access-Control-Allow-Origin"] = origin
         response.headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE, OPTIONS"
         response.headers["Access-Control-Allow-Headers"] = request.headers.get("Access-Control-Request-Headers", "*")
@@ -1618,13 +1730,13 @@ async def allow_origin(response: Response) -> Response:
 
 async def decode(kind: type) -> Any:
     """Return the JSON body as a struct. Raises APIError 400 with the offending field, 415 for another content type."""
-    if request.mimetype and not request.mimetype.endswith("json"):
+    if request.mimetype and request.mimetype != "application/json" and not request.mimetype.endswith("+json"):
         raise APIError(415, f"Content-Type must be application/json, not {request.mimetype}.", "unsupported_media_type")
     try:
         return msgspec.json.decode(await request.get_data(), type=kind)
     except msgspec.ValidationError as error:
-        path = re.search(r"at `\$\.?(.*?)`$", str(error))
-        raise APIError(400, str(error), "invalid_value", path[1].replace("[...]", "") if path else None) from None
+        field = re.search(r"required field `(\w+)`", str(error)) or re.search(r"`\$\.?([^`]*)`$", str(error))
+        raise APIError(400, str(error), "invalid_value", field and field[1].replace("[...]", "") or None) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise APIError(400, f"The body is not valid JSON: {error}", "invalid_json") from None
 
@@ -1644,10 +1756,10 @@ def event_stream(events: AsyncIterator[dict[str, Any]]) -> Response:
             try:
                 async for event in events:
                     yield b"data: " + encode(event) + b"\n\n"
-            except APIError as error:
-                yield b"data: " + encode(error_body(error.status, error.message, error.code, error.param)) + b"\n\n"
-            else:
                 yield b"data: [DONE]\n\n"
+            except Exception as error:  # the status is sent already: what is left is to say so in the stream
+                response = await (api_error if isinstance(error, APIError) else our_error)(error)
+                yield b"data: " + await response.get_data() + b"\n\n"
 
     return Response(body(), content_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
@@ -1680,7 +1792,6 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     logit_bias: dict[int, Annotated[float, Meta(ge=-100, le=100)]] | None = None
     seed: int | None = None
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
-    best_of: int | None = None
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
     min_tokens: Count | None = None
     stop: str | list[str] | None = None
@@ -1693,8 +1804,11 @@ GENERATION_CONFIG_FIELDS = {"temperature": "temperature", "top_p": "top_p", "top
                             "repetition_penalty": "repetition_penalty", "max_new_tokens": "max_tokens",
                             "min_new_tokens": "min_tokens", "stop_strings": "stop"}
 GENERATION_CONFIG_HARMLESS = {"transformers_version", "_from_model_config", "use_cache", "pad_token_id", "bos_token_id",
-                              "decoder_start_token_id", "max_length", "num_return_sequences", "return_dict_in_generate",
-                              "output_attentions", "output_hidden_states", "output_scores", "output_logits"}
+                              "decoder_start_token_id", "max_length", "return_dict_in_generate", "output_attentions",
+                              "output_hidden_states", "output_scores", "output_logits"}
+GENERATION_CONFIG_NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "num_beam_groups": 1, "length_penalty": 1.0,
+                             "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "no_repeat_ngram_size": 0,
+                             "encoder_repetition_penalty": 1.0, "diversity_penalty": 0.0}
 
 
 def merge_generation_config(body: SamplingFields) -> None:
@@ -1703,15 +1817,17 @@ def merge_generation_config(body: SamplingFields) -> None:
         given = msgspec.json.decode(body.generation_config or "{}", type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise APIError(400, f"generation_config is not a JSON object: {error}", "invalid_value", "generation_config") from None
-    sampled, eos = given.pop("do_sample", None), given.pop("eos_token_id", None)
+    do_sample, eos = given.pop("do_sample", None), given.pop("eos_token_id", None)
+    if not isinstance(do_sample, bool | None):
+        raise APIError(400, "generation_config.do_sample must be true or false.", "invalid_value", "generation_config")
     for name, value in given.items():
-        neutral = {"num_beams": 1, "num_return_sequences": 1}.get(name)
-        if name not in GENERATION_CONFIG_FIELDS and name not in GENERATION_CONFIG_HARMLESS and value not in (None, neutral):
+        if name not in GENERATION_CONFIG_FIELDS and name not in GENERATION_CONFIG_HARMLESS and value not in (
+                None, GENERATION_CONFIG_NEUTRAL.get(name)):
             raise APIError(400, f"generation_config.{name} is not supported.", "unsupported_parameter", "generation_config")
     values = {GENERATION_CONFIG_FIELDS[name]: value for name, value in given.items() if name in GENERATION_CONFIG_FIELDS}
-    if sampled is False:
+    if do_sample is False:
         values["temperature"] = 0.0
-    elif sampled:
+    elif do_sample:
         values.setdefault("temperature", 1.0)
     if eos is not None:
         values["stop_token_ids"] = eos if isinstance(eos, list) else [eos]
@@ -1727,7 +1843,6 @@ def merge_generation_config(body: SamplingFields) -> None:
 def sampling_params(body: SamplingFields, model: Model, logprobs: int | None) -> SamplingParams:
     """Return the sampling of a request, defaults being the model's generation config. Raises APIError 400."""
     merge_generation_config(body)
-    refuse(body, {"best_of": (1,)})
     if body.stream_options is not None and not body.stream:
         raise APIError(400, "stream_options needs stream: true.", "invalid_value", "stream_options")
     defaults = model.generation
@@ -1745,11 +1860,11 @@ def sampling_params(body: SamplingFields, model: Model, logprobs: int | None) ->
         if any(not 0 <= id < model.vocab_size for id in getattr(body, name) or ()):
             raise APIError(400, f"{name} has a token id outside the vocabulary of {model.vocab_size}.", "invalid_value", name)
     return SamplingParams(
-        temperature=temperature,
+        temperature=temperature if temperature >= 1e-5 else 0.0,  # scores divided by less would overflow
         top_p=first_of(body.top_p, defaults.top_p, 1.0),
         top_k=max(0, first_of(body.top_k, defaults.top_k, 0)),
         min_p=first_of(body.min_p, defaults.min_p, 0.0),
-        repetition_penalty=first_of(body.repetition_penalty, defaults.repetition_penalty, 1.0),
+        repetition_penalty=min(max(first_of(body.repetition_penalty, defaults.repetition_penalty, 1.0), 1e-6), 1e6),
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         logit_bias=body.logit_bias or {},
@@ -1771,7 +1886,23 @@ def first_of(*values: Any) -> Any:
 # POST /v1/chat/completions. One stream of chunks: sent as it comes, or folded into one answer.
 
 
-class ChatRequest(SamplingFields, kw_only=True):
+# Fields that are known but not done: the values, besides null, that ask for nothing.
+CHAT_HARMLESS: dict[str, tuple] = {
+    "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "functions": ([],),
+    "function_call": ("none", "auto"), "response_format": ({"type": "text"},), "structured_outputs": (), "guided_json": (),
+    "guided_regex": (), "guided_choice": (), "guided_grammar": (), "guided_whitespace_pattern": (), "modalities": (["text"],),
+    "audio": (), "web_search_options": (), "moderation": (), "service_tier": ("auto", "default"), "chat_template": (),
+    "documents": ([],), "prompt_logprobs": (), "echo": (False,), "add_generation_prompt": (True,),
+    "add_special_tokens": (False,), "use_beam_search": (False,), "length_penalty": (1.0,), "bad_words": ([],),
+    "allowed_token_ids": (), "include_stop_str_in_output": (False,), "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,), "truncate_prompt_tokens": (), "thinking_token_budget": (),
+    "logits_processors": ([],), "mm_processor_kwargs": ({},), "kv_transfer_params": (), "best_of": (1,), "suffix": (),
+}
+ChatHarmless = msgspec.defstruct("ChatHarmless", [(name, Any, None) for name in CHAT_HARMLESS], bases=(SamplingFields,),
+                                 kw_only=True)
+
+
+class ChatRequest(ChatHarmless, kw_only=True):
     """https://platform.openai.com/docs/api-reference/chat/create, and what vLLM and transformers add to it."""
 
     messages: list[dict[str, Any]]
@@ -1781,34 +1912,6 @@ class ChatRequest(SamplingFields, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
     reasoning_effort: str | None = None
-    # Known, and not done; or done only for the values in CHAT_HARMLESS.
-    tools: Any = None
-    tool_choice: Any = None
-    functions: Any = None
-    function_call: Any = None
-    response_format: Any = None
-    structured_outputs: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
-    modalities: Any = None
-    audio: Any = None
-    web_search_options: Any = None
-    service_tier: Any = None
-    chat_template: Any = None
-    prompt_logprobs: Any = None
-    echo: Any = None
-    add_generation_prompt: Any = None
-
-
-CHAT_HARMLESS: dict[str, tuple] = {
-    "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},), "structured_outputs": (), "guided_json": (), "guided_regex": (),
-    "guided_choice": (), "guided_grammar": (), "modalities": (["text"],), "audio": (), "web_search_options": (),
-    "service_tier": ("auto", "default"), "chat_template": (), "prompt_logprobs": (), "echo": (False,),
-    "add_generation_prompt": (True,),
-}
 
 
 @app.post("/v1/chat/completions")

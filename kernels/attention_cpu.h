@@ -123,6 +123,12 @@ template <> struct Packer<Pairs> {
 };
 #endif
 
+#if defined(__AVX512BF16__) && !defined(PORTABLE)
+using Bf16Body = Pairs;
+#else
+using Bf16Body = Floats<bf16>;
+#endif
+
 // ── One work item ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 template <class Body> struct Scratch {  // what one item keeps at hand; only rows of head_dim are touched

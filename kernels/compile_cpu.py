@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 COMPILERS = ("g++", "c++", "clang++")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-strict-aliasing", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
 
 
 class CompileError(Exception):

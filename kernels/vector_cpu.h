@@ -60,6 +60,13 @@ static inline void store(bf16* to, Vec v) {
 #endif
 }
 
+// Rounds to bfloat16 and back: where the torch model stores an intermediate result.
+static inline Vec rounded(Vec v) {
+  bf16 narrow[LANES];
+  store(narrow, v);
+  return load(narrow);
+}
+
 static inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 static inline float largest(Vec v) {
 #ifdef __AVX512F__
@@ -104,19 +111,22 @@ template <class T> struct Floats {  // any CPU: everything is widened to float w
   static inline Vec multiply_add(Vec sum, Word a, const Word* b) { return sum + a * load(b); }
 };
 
-#if defined(__AVX512BF16__) && !defined(PORTABLE)
-struct Pairs {  // AVX512-BF16: two bfloat16 products per lane and instruction, added in float
+struct Pairs {  // a word is two bfloat16: one AVX512-BF16 instruction a step, or the same in two halves
   using Stored = bf16;
   using Word = uint32_t;
   static constexpr int DEPTH = 2;
   static inline Vec multiply_add(Vec sum, Word a, const Word* b) {
+#if defined(__AVX512BF16__) && !defined(PORTABLE)
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)_mm512_loadu_si512(b));
+#else
+    const IntVec left = IntVec{} + int32_t(a);
+    IntVec right;
+    memcpy(&right, b, sizeof right);
+    sum += (Vec)(left << 16) * (Vec)(right << 16);
+    return sum + (Vec)(left & int32_t(0xffff0000)) * (Vec)(right & int32_t(0xffff0000));
+#endif
   }
 };
-using Bf16Body = Pairs;
-#else
-using Bf16Body = Floats<bf16>;
-#endif
 
 // The largest block of accumulators that the registers hold beside its operands.
 #ifdef __AVX512F__

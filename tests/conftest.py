@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,7 +12,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,8 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import serve  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
 import trio  # noqa: E402
 
 
@@ -140,3 +143,51 @@ def server(checkpoint: Path) -> Iterator[LocalServer]:
     local = LocalServer().start()
     yield local
     local.stop()
+
+
+@pytest.fixture(scope="session")
+def exact(checkpoint: Path) -> serve.Runner:
+    """The built-in model in float32, with a small cache: what it says is compared token for token."""
+    config = serve.Config(dtype="float32", block_size=8, kv_cache_memory=128 << 20)
+    model = serve.load_model(serve.DEFAULT_MODEL, serve.Checkpoint(str(checkpoint)), config, True, lambda stage: None)
+    return serve.make_runner(model, config)[0]
+
+
+@pytest.fixture(scope="session")
+def tiny(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that loads in no time: a llama of random weights, with the built-in model's tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=49152, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=256, bos_token_id=1, eos_token_id=2, initializer_range=0.2)).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(checkpoint / name, folder)
+    return folder
+
+
+@contextlib.asynccontextmanager
+async def running(runner: serve.Runner, num_blocks: int | None = None, max_batch_tokens: int = 256, max_running: int = 64,
+                  **settings: object) -> AsyncIterator[serve.Engine]:
+    """An engine in a nursery of its own; at the end it must be idle, and every block free."""
+    block_size = getattr(runner, "block_size", 8)
+    pool = serve.BlockPool(num_blocks or getattr(runner, "num_blocks", 4096), block_size)
+    scheduler = serve.Scheduler(pool, max_batch_tokens, max_running, paged=runner.paged)
+    engine = serve.Engine(runner.model, runner, scheduler, serve.EngineThread(None), serve.Config(**settings))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(engine.run)
+        yield engine
+        with trio.fail_after(10):
+            while not scheduler.idle:
+                await trio.sleep(0.005)
+        nursery.cancel_scope.cancel()
+    assert len(pool.free) == pool.num_blocks - 1 and not any(pool.references)
+
+
+async def collect(stream: serve.TokenStream) -> list[list[serve.Token]]:
+    """Run a stream to its end; return the tokens of each sequence."""
+    answers: list[list[serve.Token]] = [[] for _ in stream.sequences]
+    async with stream:
+        async for seq, tokens in stream:
+            answers[seq.index] += tokens
+    return answers

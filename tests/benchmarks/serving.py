@@ -38,6 +38,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = Path(os.environ.get("SERVE_CACHE", "~/.cache/serve.py")).expanduser()
+DEFAULT_MODEL = CACHE / "models" / "SmolLM2-135M-Instruct"  # where serve.py keeps its own, converted
 VENV = CACHE / "benchmark-venv"
 REQUEST_LIMIT_S = 600.0
 START_LIMIT_S = 600.0
@@ -411,7 +412,7 @@ def say(line: str) -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=CACHE / "default", help="a checkpoint folder (default: %(default)s)")
+    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="a checkpoint folder (default: %(default)s)")
     parser.add_argument("--servers", default=",".join(SERVERS), help="comma-separated, in order (default: %(default)s)")
     parser.add_argument("--url", action="append", default=[], metavar="NAME=URL", help="also drive a server that runs already")
     parser.add_argument("--loads", default=",".join(LOADS), help="comma-separated (default: %(default)s)")

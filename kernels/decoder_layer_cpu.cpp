@@ -1,0 +1,210 @@
+// One decoder layer in one call and one parallel region: see decoder_layer_cpu.py for the equation and the caller.
+//
+// Every phase reads what the one before it wrote, so a barrier stands between them. Intermediate results are rounded to
+// bfloat16 where the transformers model rounds them. Sums over a row's inputs are one chain per output, in the order of
+// the inputs, for every number of rows: the layer is batch invariant.
+#include <vector>
+
+#include "attention_cpu.h"
+
+constexpr int PANEL = 2 * LANES;  // outputs that are packed side by side
+constexpr int ROW_BLOCK = 12;     // rows whose accumulators fill the registers: 12 x 2 vectors
+constexpr int ROW_TILE = 96;      // rows of one work item: a panel stays in the first-level cache for all of them
+
+struct Linear {
+  const uint32_t* panels;  // [outputs / PANEL][inputs / 2][PANEL] pairs of inputs
+  const bf16* bias;        // [outputs] or null
+  int outputs, inputs;
+};
+
+struct Norm {
+  const bf16* weight;  // [size], or null: no norm here
+  float epsilon;
+  int plus_one;  // Gemma multiplies by 1 + weight before it rounds, everyone else by weight after
+};
+
+struct DecoderLayer {
+  Attention<bf16> attention;  // q, k, v, out and their strides are filled in below
+  const bf16* x;              // [tokens, hidden]
+  bf16* out;                  // [tokens, hidden]
+  const bf16 *cos, *sin;      // [tokens, rotary_dim]
+  Linear qkv, o, gate_up, down;  // gate_up: each panel holds 16 gates, then the 16 ups beside them
+  Norm input_norm, post_norm, q_norm, k_norm;
+  int rotary_dim, gelu;
+};
+
+// ── Pieces of arithmetic ─────────────────────────────────────────────────────────────────────────────────────────────
+
+static void normalise(const bf16* x, const Norm& norm, int size, bf16* y) {
+  Vec squares = {};
+  for (int d = 0; d < size; d += LANES) squares += load(x + d) * load(x + d);
+  const float scale = 1 / std::sqrt(sum(squares) / size + norm.epsilon);
+  for (int d = 0; d < size; d += LANES) {
+    const Vec scaled = load(x + d) * scale, weight = load(norm.weight + d);
+    store(y + d, norm.plus_one ? scaled * (1.f + weight) : rounded(scaled) * weight);
+  }
+}
+
+// Rotates the first rotary_dim dimensions of a head in place, halves paired as Llama pairs them.
+static void rotate(bf16* x, const bf16* cos, const bf16* sin, int rotary_dim) {
+  const int half = rotary_dim / 2;
+  for (int d = 0; d < half; d += LANES) {
+    const Vec low = load(x + d), high = load(x + half + d);
+    store(x + d, rounded(low * load(cos + d)) - rounded(high * load(sin + d)));
+    store(x + half + d, rounded(high * load(cos + half + d)) + rounded(low * load(sin + half + d)));
+  }
+}
+
+static inline Vec silu(Vec x) { return x / (1.f + exponential(-x)); }
+
+static inline Vec gelu(Vec x) {  // the tanh approximation
+  return 0.5f * x * (1.f + hyperbolic_tangent(0.79788456f * (x + 0.044715f * x * x * x)));
+}
+
+// ── Linear layers ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+using MultiplyRows = void (*)(const uint32_t* x, size_t x_row, const uint32_t* panel, float* sums, int steps);
+
+template <int ROWS>
+static void multiply_panel(const uint32_t* x, size_t x_row, const uint32_t* panel, float* sums, int steps) {
+  multiply_block<Pairs, true, ROWS, 2>(x, x_row, panel, PANEL, sums, PANEL, steps);
+}
+constexpr MultiplyRows MULTIPLY_PANEL[ROW_BLOCK] = {
+    multiply_panel<1>, multiply_panel<2>, multiply_panel<3>, multiply_panel<4>,  multiply_panel<5>,  multiply_panel<6>,
+    multiply_panel<7>, multiply_panel<8>, multiply_panel<9>, multiply_panel<10>, multiply_panel<11>, multiply_panel<12>};
+
+// Multiplies rows first:end of x [tokens, inputs] with one panel, and hands each row's two vectors of sums to finish.
+template <class Finish>
+static void linear_item(const bf16* x, int first, int end, const Linear& linear, int panel, const Finish& finish) {
+  alignas(64) float sums[ROW_BLOCK * PANEL];
+  const size_t words = linear.inputs / 2;
+  const uint32_t* weights = linear.panels + panel * words * PANEL;
+  const int blocks = (end - first + ROW_BLOCK - 1) / ROW_BLOCK, size = (end - first + blocks - 1) / blocks;
+  for (int row = first; row < end; row += size) {
+    const int rows = std::min(size, end - row);
+    MULTIPLY_PANEL[rows - 1]((const uint32_t*)x + row * words, words, weights, sums, int(words));
+    for (int r = 0; r < rows; r++) finish(row + r, panel, load(sums + r * PANEL), load(sums + r * PANEL + LANES));
+  }
+}
+
+// Shares the panels out over the enclosing parallel region, and waits for all of them.
+template <class Finish>
+static void multiply_linear(const bf16* x, int tokens, const Linear& linear, const Finish& finish) {
+  const int panels = linear.outputs / PANEL, tiles = (tokens + ROW_TILE - 1) / ROW_TILE;
+  if (tiles == 1) {  // bound by memory: each thread streams through one stretch of the weights
+#pragma omp for schedule(static)
+    for (int panel = 0; panel < panels; panel++) linear_item(x, 0, tokens, linear, panel, finish);
+  } else {
+#pragma omp for schedule(dynamic, 1)
+    for (int item = 0; item < panels * tiles; item++) {
+      const int first = item % tiles * ROW_TILE;
+      linear_item(x, first, std::min(tokens, first + ROW_TILE), linear, item / tiles, finish);
+    }
+  }
+}
+
+// ── The layer ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+struct Workspace {     // grows to the largest batch so far
+  std::vector<bf16> normed;  // [tokens, hidden]
+  std::vector<bf16> qkv;     // [tokens, heads + 2 kv_heads, head_dim]
+  std::vector<bf16> mixed;   // [tokens, heads, head_dim] what attention returns
+  std::vector<bf16> middle;  // [tokens, hidden] the residual between attention and MLP
+  std::vector<bf16> active;  // [tokens, intermediate]
+
+  void grow(const DecoderLayer& layer) {
+    const size_t tokens = layer.attention.tokens();
+    const auto reserve = [&](std::vector<bf16>& buffer, int width) {
+      if (buffer.size() < tokens * width) buffer.resize(tokens * width);
+    };
+    reserve(normed, layer.qkv.inputs);
+    reserve(qkv, layer.qkv.outputs);
+    reserve(mixed, layer.o.inputs);
+    reserve(middle, layer.o.outputs);
+    reserve(active, layer.down.inputs);
+  }
+};
+
+static void normalise_rows(const bf16* x, const Norm& norm, int tokens, int hidden, bf16* y) {
+#pragma omp for schedule(static)
+  for (int token = 0; token < tokens; token++) normalise(x + size_t(token) * hidden, norm, hidden, y + size_t(token) * hidden);
+}
+
+// Normalises (where the model does) and rotates a token's queries and keys in place, then writes its keys and values.
+static void prepare_token(const DecoderLayer& layer, bf16* qkv, int token) {
+  const Attention<bf16>& a = layer.attention;
+  for (int h = 0; h < a.heads + a.kv_heads; h++) {
+    bf16* head = qkv + size_t(token) * layer.qkv.outputs + h * a.head_dim;
+    const Norm& norm = h < a.heads ? layer.q_norm : layer.k_norm;
+    if (norm.weight) normalise(head, norm, a.head_dim, head);
+    const size_t offset = size_t(token) * layer.rotary_dim;
+    rotate(head, layer.cos + offset, layer.sin + offset, layer.rotary_dim);
+  }
+  write_token(a, token);
+}
+
+// Every thread of the parallel region runs this; each `omp for` ends in a barrier.
+static void run_layer(const DecoderLayer& layer, Workspace& w, const std::vector<int>& first_item) {
+  const Attention<bf16>& a = layer.attention;
+  const int tokens = a.tokens(), hidden = layer.qkv.inputs;
+  const auto project = [&](int row, int panel, Vec left, Vec right) {
+    bf16* to = w.qkv.data() + size_t(row) * layer.qkv.outputs + panel * PANEL;
+    const bf16* bias = layer.qkv.bias ? layer.qkv.bias + panel * PANEL : nullptr;
+    store(to, bias ? left + load(bias) : left);
+    store(to + LANES, bias ? right + load(bias + LANES) : right);
+  };
+  const auto add_to = [hidden](const Linear& linear, const bf16* residual, bf16* out) {
+    return [=, bias = linear.bias](int row, int panel, Vec left, Vec right) {
+      const size_t at = size_t(row) * hidden + panel * PANEL;
+      if (bias) left += load(bias + panel * PANEL), right += load(bias + panel * PANEL + LANES);
+      store(out + at, load(residual + at) + rounded(left));
+      store(out + at + LANES, load(residual + at + LANES) + rounded(right));
+    };
+  };
+  const auto activate = [&](int row, int panel, Vec gate, Vec up) {
+    const Vec active = layer.gelu ? gelu(rounded(gate)) : silu(rounded(gate));
+    store(w.active.data() + size_t(row) * layer.down.inputs + panel * LANES, rounded(active) * rounded(up));
+  };
+
+  normalise_rows(layer.x, layer.input_norm, tokens, hidden, w.normed.data());
+  multiply_linear(w.normed.data(), tokens, layer.qkv, project);
+#pragma omp for schedule(static)
+  for (int token = 0; token < tokens; token++) prepare_token(layer, w.qkv.data(), token);
+  attend_all<Bf16Body>(a, first_item);
+  multiply_linear(w.mixed.data(), tokens, layer.o, add_to(layer.o, layer.x, w.middle.data()));
+  normalise_rows(w.middle.data(), layer.post_norm, tokens, hidden, w.normed.data());
+  multiply_linear(w.normed.data(), tokens, layer.gate_up, activate);
+  multiply_linear(w.active.data(), tokens, layer.down, add_to(layer.down, w.middle.data(), layer.out));
+}
+
+// Points the attention at the workspace: queries, keys and values are slices of one row of the qkv product.
+static void bind(DecoderLayer& layer, Workspace& w) {
+  Attention<bf16>& a = layer.attention;
+  a.q = w.qkv.data();
+  a.k = a.q + a.heads * a.head_dim;
+  a.v = a.k + a.kv_heads * a.head_dim;
+  a.out = w.mixed.data();
+  a.q_token = a.k_token = a.v_token = layer.qkv.outputs;
+  a.q_head = a.k_head = a.v_head = a.head_dim;
+}
+
+extern "C" void decoder_layer(const DecoderLayer* call, int threads) {
+  static thread_local Workspace workspace;
+  Workspace& shared = workspace;  // the caller's, for every thread of the region
+  DecoderLayer layer = *call;
+  shared.grow(layer);
+  bind(layer, shared);
+  const std::vector<int> first_item = list_items(layer.attention);
+#pragma omp parallel num_threads(threads)
+  run_layer(layer, shared, first_item);
+}
+
+// Packs weight [outputs, inputs] into panels.
+extern "C" void pack_panels(const bf16* weight, uint32_t* panels, int outputs, int inputs) {
+  const int words = inputs / 2;
+#pragma omp parallel for
+  for (int output = 0; output < outputs; output++) {
+    uint32_t* to = panels + size_t(output / PANEL) * words * PANEL + output % PANEL;
+    for (int i = 0; i < words; i++) memcpy(to + size_t(i) * PANEL, weight + size_t(output) * inputs + 2 * i, 4);
+  }
+}

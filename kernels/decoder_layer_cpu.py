@@ -1,0 +1,241 @@
+"""A whole Llama-shaped decoder layer in one C++ call, in bfloat16: what is left of a step at small batches is dispatch.
+
+    h   = norm(x)                                        norm: x / rms(x) * weight, or * (1 + weight) as Gemma has it
+    q, k, v = h W_qkv (+ bias)                           each head of q and k normed where the model does
+    q, k = rope(q), rope(k);  k, v -> caches             Llama's rotate_half
+    x   = x + attention(q, k, v) W_o (+ bias)            attention.py
+    h   = norm(x)
+    x   = x + (act(h W_gate) * h W_up) W_down (+ bias)   act: SiLU, or GELU by tanh
+
+    x [tokens, hidden] bfloat16; cos, sin [tokens, rotary_dim] bfloat16; the rest as in attention.py.
+
+Weights are packed once into panels of 32 outputs, two inputs a word. The arithmetic of a token is bitwise the same for
+every batch. A layer is taken by shape and then by trial: `unsupported` reads its modules, `differs` runs it against the
+original, so that no list of models is kept.
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if __name__ == "__main__":  # run as a file: stand where serve.py puts this folder
+    import sys
+    import types
+
+    sys.modules["serve_kernels"] = types.ModuleType("serve_kernels")
+    sys.modules["serve_kernels"].__path__ = [str(Path(__file__).parent)]
+    __package__ = "serve_kernels"
+
+from .attention_cpu import Attention
+from .compile_cpu import CompileError, load
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+LANES, PANEL = 16, 32  # as in decoder_layer_cpu.cpp
+
+
+class Linear(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("panels", "bias")] + [
+        (name, ctypes.c_int) for name in ("outputs", "inputs")
+    ]
+
+
+class Norm(ctypes.Structure):
+    _fields_ = [("weight", ctypes.c_void_p), ("epsilon", ctypes.c_float), ("plus_one", ctypes.c_int)]
+
+
+class DecoderLayer(ctypes.Structure):
+    """The struct of that name in decoder_layer_cpu.cpp."""
+
+    _fields_ = (
+        [("attention", Attention)]
+        + [(name, ctypes.c_void_p) for name in ("x", "out", "cos", "sin")]
+        + [(name, Linear) for name in ("qkv", "o", "gate_up", "down")]
+        + [(name, Norm) for name in ("input_norm", "post_norm", "q_norm", "k_norm")]
+        + [(name, ctypes.c_int) for name in ("rotary_dim", "gelu")]
+    )
+
+
+@functools.cache
+def _library(*flags: str) -> ctypes.CDLL:
+    """Return the compiled kernel. Raises CompileError."""
+    library = load(SOURCE, *flags)
+    library.decoder_layer.argtypes = ctypes.POINTER(DecoderLayer), ctypes.c_int
+    library.pack_panels.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int
+    library.decoder_layer.restype = library.pack_panels.restype = None
+    return library
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Return why this machine cannot run the kernel, or None where it is compiled and ready."""
+    try:
+        _library()
+    except CompileError as error:
+        return str(error)
+    return None
+
+
+class FusedLayer(nn.Module):
+    """A decoder layer's packed weights, and the call that runs them. Holds nothing of the original layer."""
+
+    def __init__(self, layer: nn.Module, *flags: str) -> None:
+        """Pack a layer for which `unsupported` returned None."""
+        super().__init__()
+        attention, mlp = layer.self_attn, layer.mlp
+        self.head_dim, self.hidden = attention.head_dim, attention.q_proj.in_features
+        self._run, self._pack = _library(*flags).decoder_layer, _library(*flags).pack_panels
+        self._alive: list[Tensor] = []  # what the pointers below point at
+        gate_up = torch.stack([p.weight.unflatten(0, (-1, LANES)) for p in (mlp.gate_proj, mlp.up_proj)], 1)
+        self._call = DecoderLayer(
+            qkv=self._linear(attention.q_proj, attention.k_proj, attention.v_proj),
+            o=self._linear(attention.o_proj),
+            gate_up=self._panels(gate_up.flatten(0, 2), None),
+            down=self._linear(mlp.down_proj),
+            input_norm=self._norm(layer.input_layernorm),
+            post_norm=self._norm(layer.post_attention_layernorm),
+            q_norm=self._norm(getattr(attention, "q_norm", None)),
+            k_norm=self._norm(getattr(attention, "k_norm", None)),
+            gelu=_activation(mlp.act_fn) == "gelu",
+        )
+        self._call.attention.heads = attention.q_proj.out_features // self.head_dim
+        self._call.attention.kv_heads = attention.k_proj.out_features // self.head_dim
+        self._call.attention.head_dim = self.head_dim
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor,
+        block_tables: Tensor, cu_seqlens_q: Tensor, seq_lens: Tensor, *, scale: float, window: int = 0,
+        softcap: float = 0.0, sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Run the layer on x [tokens, hidden], writing its keys and values into the caches."""
+        assert x.dtype == cos.dtype == sin.dtype == k_cache.dtype == v_cache.dtype == torch.bfloat16
+        assert cos.shape == sin.shape == (x.shape[0], cos.shape[1]) and cos.shape[1] % PANEL == 0
+        assert slot_mapping.dtype == torch.int64 and k_cache.shape[1] % LANES == 0
+        assert block_tables.dtype == cu_seqlens_q.dtype == seq_lens.dtype == torch.int32
+        assert block_tables.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous()
+        x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+        out = torch.empty_like(x)
+        sinks = None if sinks is None else sinks.float().contiguous()
+        call, attention = self._call, self._call.attention
+        call.x, call.out, call.cos, call.sin = x.data_ptr(), out.data_ptr(), cos.data_ptr(), sin.data_ptr()
+        call.rotary_dim = cos.shape[1]
+        attention.k_cache, attention.v_cache = k_cache.data_ptr(), v_cache.data_ptr()
+        attention.slot_mapping, attention.block_tables = slot_mapping.data_ptr(), block_tables.data_ptr()
+        attention.cu_seqlens_q, attention.seq_lens = cu_seqlens_q.data_ptr(), seq_lens.data_ptr()
+        attention.sinks = None if sinks is None else sinks.data_ptr()
+        attention.sequences, attention.max_blocks = block_tables.shape
+        attention.block_size, attention.window = k_cache.shape[1], window
+        attention.scale, attention.softcap = scale, softcap
+        self._run(call, torch.get_num_threads())
+        return out
+
+    def _linear(self, *projections: nn.Linear) -> Linear:
+        """Pack projections of one input side by side, as one."""
+        biases = [projection.bias for projection in projections]
+        bias = None if biases[0] is None else self._keep(torch.cat(biases))
+        return self._panels(torch.cat([projection.weight for projection in projections]), bias)
+
+    def _panels(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        outputs, inputs = weight.shape
+        panels, weight = self._keep(torch.empty(outputs * inputs // 2, dtype=torch.int32)), weight.detach().contiguous()
+        self._pack(weight.data_ptr(), panels.data_ptr(), outputs, inputs)
+        return Linear(panels.data_ptr(), None if bias is None else bias.data_ptr(), outputs, inputs)
+
+    def _norm(self, norm: nn.Module | None) -> Norm:
+        if norm is None:
+            return Norm()
+        return Norm(self._keep(norm.weight).data_ptr(), _epsilon(norm), _norm_style(norm) == "plus one")
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        self._alive.append(tensor.detach().contiguous())
+        return self._alive[-1]
+
+
+# ── What the kernel takes ─────────────────────────────────────────────────────────────────────
+
+
+def unsupported(layer: nn.Module) -> str | None:
+    """Return why a layer's modules do not fit the kernel, or None: then `differs` still has to compare results."""
+    try:
+        attention, mlp = layer.self_attn, layer.mlp
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        projections += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        norms = [layer.input_layernorm, layer.post_attention_layernorm]
+        head_dim, act_fn = attention.head_dim, mlp.act_fn
+    except AttributeError as error:
+        return f"not shaped like a Llama layer: {error}"
+    if not all(type(p) is nn.Linear and p.weight.dtype == torch.bfloat16 for p in projections):
+        return "its projections are not plain bfloat16 linear layers"
+    if any(p.weight.device.type != "cpu" for p in projections):
+        return "its weights are not on the CPU"
+    if len({p.bias is None for p in projections[:3]}) > 1 or any(p.bias is not None for p in (mlp.gate_proj, mlp.up_proj)):
+        return "biases on some of q, k, v, or on gate and up"
+    if head_dim % PANEL or head_dim > 256 or mlp.gate_proj.out_features % PANEL or attention.q_proj.in_features % PANEL:
+        return f"head size {head_dim} (wants a multiple of {PANEL} up to 256), or widths that are no multiple of {PANEL}"
+    if {"pre_feedforward_layernorm", "post_feedforward_layernorm"} & {name for name, _ in layer.named_children()}:
+        return "it has norms after its blocks"
+    norms += [norm for name in ("q_norm", "k_norm") if (norm := getattr(attention, name, None)) is not None]
+    if any(_norm_style(norm) is None for norm in norms):
+        return "its norms are not RMSNorm"
+    if any(norm.weight.numel() != head_dim for norm in norms[2:]):
+        return "q and k are not normed head by head"
+    return None if _activation(act_fn) else "its activation is neither SiLU nor tanh-GELU"
+
+
+@torch.no_grad()
+def differs(layer: nn.Module, fused: Callable[..., Tensor], rotary_dim: int) -> str | None:
+    """Return how the fused layer's result differs from the original's on random input, or None where they agree.
+
+    The original runs a causal prompt of 24 tokens in its eager attention; a layer's window must be wider than that.
+    """
+    tokens, block_size, attention = 24, 32, layer.self_attn
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, attention.q_proj.in_features, generator=generator).bfloat16()
+    angles = torch.arange(tokens)[:, None] * torch.rand(rotary_dim // 2, generator=generator).repeat(2)
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    caches = torch.empty(2, 1, block_size, attention.k_proj.out_features // attention.head_dim, attention.head_dim)
+    bounds, table = torch.tensor([0, tokens]).int(), torch.zeros(1, 1).int()
+    got = fused(x, cos, sin, *caches.bfloat16(), torch.arange(tokens), table, bounds, bounds[1:], scale=attention.scaling)
+    mask = torch.full((tokens, tokens), torch.finfo(torch.bfloat16).min).triu(1).bfloat16()[None, None]
+    implementation, attention.config._attn_implementation = attention.config._attn_implementation, "eager"
+    try:
+        want = layer(x[None], attention_mask=mask, position_embeddings=(cos[None], sin[None]))
+    except Exception as error:  # whatever a layer of unknown make raises, it was not called as it wants to be
+        return f"the original layer fails on its own: {error!r}"
+    finally:
+        attention.config._attn_implementation = implementation
+    want = (want[0] if isinstance(want, tuple) else want).view_as(x)
+    error = (got.float() - want.float()).norm() / (want.float() - x.float()).norm()  # beside what the layer adds
+    return None if error < 0.02 else f"relative error {error:.3f}"
+
+
+def _epsilon(norm: nn.Module) -> float:
+    return getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", 0.0)
+
+
+@torch.no_grad()
+def _norm_style(norm: nn.Module) -> str | None:
+    """Return "plain" or "plus one" by what the norm computes, or None where it is neither RMSNorm."""
+    weight = getattr(norm, "weight", None)
+    if weight is None or weight.dtype != torch.bfloat16:
+        return None
+    x = torch.randn(4, weight.numel(), generator=torch.Generator().manual_seed(0)).bfloat16()
+    normed = F.rms_norm(x.float(), x.shape[1:], eps=_epsilon(norm))
+    for style, want in (("plain", normed * weight.float()), ("plus one", normed * (1 + weight.float()))):
+        if torch.allclose(norm(x).float(), want, rtol=0.02, atol=1e-3):
+            return style
+    return None
+
+
+@torch.no_grad()
+def _activation(function: Callable[[Tensor], Tensor]) -> str | None:
+    """Return "silu" or "gelu" (by tanh) by what the function computes, or None."""
+    x = torch.linspace(-6, 6, 97)
+    for name, want in (("silu", F.silu(x)), ("gelu", F.gelu(x, approximate="tanh"))):
+        if torch.allclose(function(x), want, rtol=1e-5, atol=1e-5):
+            return name
+    return None

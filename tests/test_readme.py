@@ -1,0 +1,25 @@
+"""What README.md shows is run as it stands, but for the port."""
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, LocalServer
+
+SNIPPETS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_there_are_snippets() -> None:
+    assert [language for language, _ in SNIPPETS] == ["bash", "python", "python"]
+
+
+@pytest.mark.parametrize("language, code", SNIPPETS)
+def test_snippet(server: LocalServer, language: str, code: str) -> None:
+    command = {"bash": ["bash", "-c"], "python": [sys.executable, "-c"]}[language]
+    code = code.replace("http://localhost:8000", server.url)
+    env = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}  # its client obeys it on loopback too
+    done = subprocess.run([*command, code], capture_output=True, text=True, timeout=120, cwd=sys.prefix, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "capital" in done.stdout or language == "bash" and done.stdout.rstrip().endswith("data: [DONE]")
+    server.assert_idle()
