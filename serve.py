@@ -1013,8 +1013,8 @@ def disagreement(runner: PagedRunner, layer: torch.nn.Module, patch: PatchedLaye
         args_, kwargs_ = tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}
         try:
             want, got = (f(*args_, **kwargs_) for f in (layer.forward, patch.forward))
-        except TypeError as error:
-            return f"called in another way: {error}"
+        except Exception as error:  # called as it does not expect to be: then it is none of ours
+            return f"{type(error).__name__} {error}".strip()
         finally:
             runner.batch = whole
         want, got, before = (x[0] if isinstance(x, tuple) else x for x in (want, got, args_))
@@ -1670,28 +1670,31 @@ def json_response(body: dict[str, Any], status: int = 200, headers: dict[str, st
     return Response(encode(body), status, headers, content_type="application/json")
 
 
-def error_body(status: int, message: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+def error_body(error: APIError) -> dict[str, Any]:
     kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(
-        status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
 
 
-@app.errorhandler(APIError)
-async def api_error(error: APIError) -> Response:
-    retry = {"Retry-After": "1"} if error.status in (429, 503) else None
-    return json_response(error_body(error.status, error.message, error.code, error.param), error.status, retry)
+def for_client(error: Exception, where: str) -> APIError:
+    """Return what a client may see of an exception; one of ours is logged."""
+    if isinstance(error, APIError):
+        return error
+    log.error("%s", where, exc_info=error)
+    return APIError(500, "Internal error: it was logged.", "internal_error")
+
+
+@app.errorhandler(Exception)
+async def any_error(error: Exception) -> Response:
+    error = for_client(error, f"{request.method} {request.path!r}")
+    return json_response(error_body(error), error.status, {"Retry-After": "1"} if error.status in (429, 503) else None)
 
 
 @app.errorhandler(HTTPException)
 async def http_error(error: HTTPException) -> Response:
     headers = {"Allow": ", ".join(sorted(error.valid_methods))} if getattr(error, "valid_methods", None) else None
-    return json_response(error_body(error.code, error.description, error.name.lower().replace(" ", "_")), error.code, headers)
-
-
-@app.errorhandler(Exception)
-async def our_error(error: Exception) -> Response:
-    log.error("%s %s", request.method, request.path, exc_info=error)
-    return json_response(error_body(500, "Internal error: it was logged.", "internal_error"), 500)
+    body = error_body(APIError(error.code, error.description, error.name.lower().replace(" ", "_")))
+    return json_response(body, error.code, headers)
 
 
 @app.before_request
@@ -1750,6 +1753,7 @@ def refuse(body: msgspec.Struct, harmless: dict[str, tuple]) -> None:
 
 def event_stream(events: AsyncIterator[dict[str, Any]]) -> Response:
     """Send each dict as a server-sent event, in one write, then [DONE]; a client that leaves closes the iterator."""
+    where = f"{request.method} {request.path!r}"
 
     async def body() -> AsyncIterator[bytes]:
         async with aclosing(events):
@@ -1758,8 +1762,7 @@ def event_stream(events: AsyncIterator[dict[str, Any]]) -> Response:
                     yield b"data: " + encode(event) + b"\n\n"
                 yield b"data: [DONE]\n\n"
             except Exception as error:  # the status is sent already: what is left is to say so in the stream
-                response = await (api_error if isinstance(error, APIError) else our_error)(error)
-                yield b"data: " + await response.get_data() + b"\n\n"
+                yield b"data: " + encode(error_body(for_client(error, where))) + b"\n\n"
 
     return Response(body(), content_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
