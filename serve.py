@@ -552,6 +552,7 @@ class Model:
     eos_token_ids: frozenset[int]
     vocab_size: int
     max_model_len: int
+    longest_token: int  # in characters
     byte_level: bool  # tokens are spelt in GPT-2's alphabet of bytes
     created: int
 
@@ -712,6 +713,7 @@ def load_model(name: str, checkpoint: Checkpoint, config: Config, first: bool, r
         id=name, network=network, tokenizer=tokenizer, generation=generation, vocab_size=text.vocab_size,
         eos_token_ids=frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos]),
         max_model_len=min(longest, config.max_model_len or longest), created=int(time.time()),
+        longest_token=max(map(len, tokenizer.get_vocab())),
         byte_level="ByteLevel" in repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)))
 
 
@@ -1059,9 +1061,9 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> list[Token]:
     if not sequences:
         return []
     scores = adjust(logits, sequences)
-    chosen = scores.argmax(-1)
+    chosen = scores.max(-1).indices  # several times faster than argmax in bfloat16
     if hot := [i for i, seq in enumerate(sequences) if seq.sampling.temperature > 0]:
-        chosen[hot] = draw(scores[hot].float(), [sequences[i] for i in hot])
+        chosen[hot] = draw(scores[hot].float(), [sequences[i] for i in hot])  # draw works in place, on a copy
     ids = chosen.tolist()
     tokens = [Token(id) for id in ids]
     if wanted := [i for i, seq in enumerate(sequences) if seq.sampling.logprobs is not None]:
@@ -1111,13 +1113,14 @@ def draw(scores: Tensor, sequences: list[Sequence]) -> Tensor:
     """
     column = functools.partial(torch.tensor, device=scores.device)
     params = [seq.sampling for seq in sequences]
-    scores = scores / column([p.temperature for p in params])[:, None]
+    scores /= column([p.temperature for p in params])[:, None]
     if any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params):
-        scores = scores.masked_fill(scores < cutoffs(scores, params)[:, None], -math.inf)
-    cumulative = scores.softmax(-1).cumsum(-1)
+        scores.masked_fill_(scores < cutoffs(scores, params)[:, None], -math.inf)
+    best = scores.max(-1)
+    cumulative = scores.sub_(best.values[:, None]).exp_().cumsum_(-1)
     points = column([uniform(seq.seed, seq.num_generated_tokens) for seq in sequences])[:, None] * cumulative[:, -1:]
     chosen = torch.searchsorted(cumulative, points, right=True)[:, 0]
-    return torch.where(chosen < scores.shape[-1], chosen, scores.argmax(-1))  # where rounding pushed a point past the end
+    return torch.where(chosen < scores.shape[-1], chosen, best.indices)  # where rounding pushed a point past the end
 
 
 def cutoffs(scores: Tensor, params: list[SamplingParams]) -> Tensor:
@@ -1135,7 +1138,7 @@ def cutoffs(scores: Tensor, params: list[SamplingParams]) -> Tensor:
         whole = torch.where(column(top_k)[:, None] < vocab, mass[:, -1:], 1.0)
         if width == vocab or bool(((mass[:, -1:] >= top_p * whole) | (top_p >= 1)).all()):
             break
-        width = vocab  # a nucleus wider than expected: sort everything
+        width = min(vocab, 16 * width)  # a nucleus wider than expected
     kept = within & ((mass - (best - total).exp()) < top_p * whole)
     kept[:, 0] = True
     lowest = best.masked_fill(~kept, math.inf).amin(-1)
@@ -1587,13 +1590,21 @@ def render_chat(model: Model, messages: list[dict[str, Any]], continue_final: bo
     if continue_final and messages[-1]["role"] != "assistant":
         raise APIError(400, "continue_final_message needs an assistant message at the end.", "invalid_messages", "messages")
     try:
-        encoded = model.tokenizer.apply_chat_template(messages, add_generation_prompt=not continue_final,
-                                                      continue_final_message=continue_final, **kwargs)
+        text = model.tokenizer.apply_chat_template(messages, add_generation_prompt=not continue_final, tokenize=False,
+                                                   continue_final_message=continue_final, **kwargs)
     except Exception as error:  # a template is a program: it raises what it likes about its input
         log.debug("template", exc_info=True)
         raise APIError(400, f"The model's chat template refuses these messages: {error}", "template_error",
                        "messages") from error
-    return Prompt(list(encoded["input_ids"]))
+    return Prompt(tokenize(model, text, add_special_tokens=False))
+
+
+def tokenize(model: Model, text: str, add_special_tokens: bool) -> list[int]:
+    """Return the token ids of a text. Raises APIError 400 for one that is too long, without going through all of it."""
+    if (least := len(text) // model.longest_token) > model.max_model_len:
+        raise APIError(400, f"This model's maximum context length is {model.max_model_len} tokens, but the prompt has at least "
+                       f"{least}.", "context_length_exceeded")
+    return model.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
 
 
 # ── Deltas ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1649,13 +1660,19 @@ class App(QuartTrio):
 
     models: ModelPool
     settings: Config
+    rendering = trio.CapacityLimiter(4)  # threads that turn messages into tokens
     draining = False
     active = 0  # requests being answered
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def send_whole(message: Any) -> None:
+            # The last message makes hypercorn report a disconnect, which cancels this very send before it has closed.
+            with trio.CancelScope(shield=not message.get("more_body", True)):
+                await send(message)
+
         self.active += scope["type"] == "http"
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send_whole)
         finally:
             self.active -= scope["type"] == "http"
 
@@ -1831,7 +1848,7 @@ def merge_generation_config(body: SamplingFields) -> None:
     if do_sample is False:
         values["temperature"] = 0.0
     elif do_sample:
-        values.setdefault("temperature", 1.0)
+        values = {"temperature": 1.0, "top_k": 50, **values}  # what generate() takes where a config says no more than this
     if eos is not None:
         values["stop_token_ids"] = eos if isinstance(eos, list) else [eos]
     try:
@@ -1853,6 +1870,8 @@ def sampling_params(body: SamplingFields, model: Model, logprobs: int | None) ->
     if temperature is None:
         temperature = (1.0 if defaults.temperature is None else defaults.temperature) if defaults.do_sample else 0.0
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    if len(stop) > 1024:
+        raise APIError(400, "stop has more than 1024 strings.", "invalid_value", "stop")
     if "" in stop:
         raise APIError(400, "stop must not contain an empty string.", "invalid_value", "stop")
     if body.min_tokens and body.max_tokens and body.min_tokens > body.max_tokens:
@@ -1928,7 +1947,8 @@ async def chat_completions() -> Response:
     engine = await app.models.get(body.model)
     sampling = sampling_params(body, engine.model, (body.top_logprobs or 0) if body.logprobs else None)
     kwargs = template_kwargs(body, engine.model)
-    prompt = await trio.to_thread.run_sync(render_chat, engine.model, body.messages, bool(body.continue_final_message), kwargs)
+    prompt = await trio.to_thread.run_sync(render_chat, engine.model, body.messages, bool(body.continue_final_message), kwargs,
+                                           limiter=app.rendering)
     stream = engine.submit([prompt], sampling, body.n or 1)
     chunks = chat_chunks(stream, not body.stream or bool(body.stream_options and body.stream_options.include_usage))
     return event_stream(chunks) if body.stream else json_response(await fold_chat(chunks))
