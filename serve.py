@@ -121,6 +121,16 @@ def existing_file(text: str) -> str:
     return text
 
 
+def usable_device(text: str) -> str:
+    """Return the torch device that a name stands for; auto is cuda, then mps, then cpu."""
+    if text == "auto":
+        text = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return str(torch.empty(0, device=f"cuda:{text}" if text.isdigit() else text).device)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {str(error).splitlines()[0]}") from None
+
+
 def flag(default: Any, group: str, help: str, parse: Callable[[str], Any] = str, **extra: Any) -> Any:
     """Declare a setting. extra: `choices`, `aliases` (other spellings of the flag), `metavar`."""
     return field(default=default, metadata={"group": group, "help": help, "parse": parse, **extra})
@@ -144,7 +154,7 @@ class Config:
     served_model_name: str | None = flag(None, "models", "the id under which the first model is served")
     dtype: str = flag("auto", "models", "of the weights; auto is the checkpoint's own", aliases=["--torch-dtype"],
                       choices=["auto", "bfloat16", "float16", "float32"])
-    device: str = flag("auto", "models", "auto (cuda, then mps, then cpu) or a torch device", metavar="DEVICE")
+    device: str = flag("auto", "models", "auto (cuda, then mps, then cpu) or a torch device", usable_device, metavar="DEVICE")
     trust_remote_code: bool = flag(False, "models", "run model code that comes with a checkpoint")
     model_timeout: float = flag(300.0, "models", "seconds after which an idle model loaded on demand is dropped; 0: never",
                                 float)
@@ -550,6 +560,7 @@ class Model:
     tokenizer: transformers.PreTrainedTokenizerBase
     generation: transformers.GenerationConfig
     eos_token_ids: frozenset[int]
+    special_ids: frozenset[int]
     vocab_size: int
     max_model_len: int
     longest_token: int  # in characters
@@ -699,11 +710,11 @@ def load_model(name: str, checkpoint: Checkpoint, config: Config, first: bool, r
         report("processor")
         tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.folder, **options)
         report("weights")
-        network = load_network(checkpoint, config.dtype, config.trust_remote_code).to(choose_device(config.device))
-    except (ValueError, OSError, KeyError, ImportError) as error:
+        network = load_network(checkpoint, config.dtype, config.trust_remote_code).to(config.device)
+    except Exception as error:  # files and code that are not ours: whatever they raise, this model cannot be had
         log.debug("load", exc_info=True)
-        raise APIError(400, f"The model {name!r} cannot be loaded: {str(error).splitlines()[0]}", "model_not_supported",
-                       "model") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise APIError(400, f"The model {name!r} cannot be loaded: {reason}", "model_not_supported", "model") from error
     if first and config.chat_template:
         tokenizer.chat_template = Path(config.chat_template).read_text()
     generation, text = network.generation_config, network.config.get_text_config(decoder=True)
@@ -713,15 +724,8 @@ def load_model(name: str, checkpoint: Checkpoint, config: Config, first: bool, r
         id=name, network=network, tokenizer=tokenizer, generation=generation, vocab_size=text.vocab_size,
         eos_token_ids=frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos]),
         max_model_len=min(longest, config.max_model_len or longest), created=int(time.time()),
-        longest_token=max(map(len, tokenizer.get_vocab())),
+        special_ids=frozenset(tokenizer.all_special_ids), longest_token=max(map(len, tokenizer.get_vocab())),
         byte_level="ByteLevel" in repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)))
-
-
-def choose_device(name: str) -> str:
-    """Return the torch device to run on; auto is cuda, then mps, then cpu."""
-    if name != "auto":
-        return f"cuda:{name}" if name.isdigit() else name
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def available_memory(device: torch.device) -> int:
@@ -1367,9 +1371,9 @@ def overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-BYTE_OF_CHARACTER = {c: b for b, c in enumerate(
-    chr(b) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b <= 255 else chr(256 + sum(
-        not (33 <= a <= 126 or 161 <= a <= 172 or 174 <= a <= 255) for a in range(b))) for b in range(256))}  # GPT-2's
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 spells these bytes as themselves, others from 256
+BYTE_OF_CHARACTER = {chr(byte): byte for byte in PRINTABLE} | {
+    chr(256 + i): byte for i, byte in enumerate(sorted(set(range(256)) - set(PRINTABLE)))}
 
 
 def token_bytes(model: Model, id: int) -> bytes:
@@ -1377,7 +1381,7 @@ def token_bytes(model: Model, id: int) -> bytes:
     piece = model.tokenizer.convert_ids_to_tokens(id)
     if piece is None:  # vocabularies are padded
         return b""
-    if id in model.tokenizer.all_special_ids:
+    if id in model.special_ids:
         return piece.encode()
     if model.byte_level and all(c in BYTE_OF_CHARACTER for c in piece):
         return bytes(BYTE_OF_CHARACTER[c] for c in piece)
@@ -1422,6 +1426,10 @@ class ModelPool:
     def public_id(self, name: str) -> str:
         """Return the id under which a model is listed."""
         return self.config.served_model_name if name == self.default and self.config.served_model_name else name
+
+    def names(self) -> list[str]:
+        """Return the models of the command line and those loaded since."""
+        return list(dict.fromkeys([*self.named, *(name for name, loaded in self.loaded.items() if loaded.engine)]))
 
     def resolve(self, name: str | None) -> str:
         """Return the name of the model that answers a request for `name`."""
@@ -1499,7 +1507,7 @@ class ModelPool:
 
     async def make_room(self, checkpoint: Checkpoint) -> None:
         """Drop idle models, least recently used first, until the weights and a cache fit."""
-        device = torch.device(choose_device(self.config.device))
+        device = torch.device(self.config.device)
         while available_memory(device) < 1.5 * checkpoint.size and self.drop_idle(0):
             await trio.sleep(0.1)  # the dropped engine's task lets go of the model
             gc.collect()
@@ -1768,8 +1776,8 @@ def refuse(body: msgspec.Struct, harmless: dict[str, tuple]) -> None:
             raise APIError(400, f"{name} is not supported here.", "unsupported_parameter", name)
 
 
-def event_stream(events: AsyncIterator[dict[str, Any]]) -> Response:
-    """Send each dict as a server-sent event, in one write, then [DONE]; a client that leaves closes the iterator."""
+def event_stream(events: AsyncIterator[dict[str, Any]], end: bytes = b"data: [DONE]\n\n") -> Response:
+    """Send each dict as a server-sent event, in one write, then the end; a client that leaves closes the iterator."""
     where = f"{request.method} {request.path!r}"
 
     async def body() -> AsyncIterator[bytes]:
@@ -1777,7 +1785,7 @@ def event_stream(events: AsyncIterator[dict[str, Any]]) -> Response:
             try:
                 async for event in events:
                     yield b"data: " + encode(event) + b"\n\n"
-                yield b"data: [DONE]\n\n"
+                yield end
             except Exception as error:  # the status is sent already: what is left is to say so in the stream
                 yield b"data: " + encode(error_body(for_client(error, where))) + b"\n\n"
 
@@ -2045,14 +2053,13 @@ async def health() -> Response:
 @app.get("/v1/models")
 async def list_models() -> Response:
     """List the models of the command line and those loaded since."""
-    names = dict.fromkeys([*app.models.named, *app.models.loaded])
-    return json_response({"object": "list", "data": [model_entry(name) for name in names]})
+    return json_response({"object": "list", "data": [model_entry(name) for name in app.models.names()]})
 
 
 @app.get("/v1/models/<path:model_id>")
 async def retrieve_model(model_id: str) -> Response:
     name = app.models.resolve(model_id)
-    if name not in app.models.named and name not in app.models.loaded or app.settings.force_model and name != model_id:
+    if name not in app.models.names() or app.settings.force_model and model_id != app.models.public_id(name):
         raise unknown_model(model_id)
     return json_response(model_entry(name))
 
@@ -2077,7 +2084,7 @@ async def load_model_stream() -> Response:
         end = {"status": "error", "message": str(loaded.error)} if loaded.error else {"status": "ready", "cached": cached}
         yield {**end, "model": body.model}
 
-    return event_stream(events())
+    return event_stream(events(), end=b"")
 
 
 @app.post("/reset")
@@ -2166,8 +2173,8 @@ def main(argv: list[str]) -> int:
     try:
         listener = socket.create_server((config.host, config.port), backlog=1024,
                                         family=socket.AF_INET6 if ":" in config.host else socket.AF_INET)
-    except OSError as error:
-        print(f"serve.py: cannot listen on {config.host}:{config.port}: {error.strerror}", file=sys.stderr)
+    except (OSError, OverflowError) as error:
+        print(f"serve.py: cannot listen on {config.host}:{config.port}: {error}", file=sys.stderr)
         return 2
     return trio.run(serve_until_signal, config, listener)
 

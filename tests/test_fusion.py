@@ -33,7 +33,8 @@ def make_runner(architecture: str, extra: dict) -> serve.PagedRunner:
             torch.nn.init.normal_(parameter, std=0.1)
         elif parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.08)
-    model = serve.Model(architecture, network, None, transformers.GenerationConfig(), frozenset(), 199, 256, 1, False, 0)
+    model = serve.Model(architecture, network, None, transformers.GenerationConfig(), frozenset(), frozenset(),
+                        199, 256, 1, False, 0)
     runner = serve.PagedRunner(model, serve.attention_cpu.paged_attention, 32)
     assert serve.self_test(runner) is None
     return runner
