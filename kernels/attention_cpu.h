@@ -13,7 +13,8 @@
 
 #include "vector_cpu.h"
 
-constexpr int KEYS = 64;      // a tile of keys; four vectors of scores
+constexpr int KEYS = 64;      // a tile of keys
+constexpr int AHEAD = 32;     // keys between what is packed and what is prefetched
 constexpr int ROWS = 48;      // query rows that share a packed tile
 constexpr int MAX_DIM = 256;  // head_dim
 constexpr float NOTHING = -1e30f;  // a masked score: finite, so that NOTHING - NOTHING is no NaN
@@ -37,20 +38,29 @@ template <class T> struct Attention {  // strides count elements
 
 // ── Packing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 // Words of b[step][lane], so that the tile's lanes lie side by side: keys for the scores, dimensions for the values.
+//
+// Packing also asks memory for the rows that lie `ahead`: blocks lie anywhere, and no hardware prefetcher follows a
+// block table. One line per line packed is the pace that memory keeps up with; the CPU drops what a burst asks for.
 
 template <class Body> struct Packer;
 
 template <class T> struct Packer<Floats<T>> {
-  // keys [16 rows, stride][dim] -> to [dim][KEYS], sixteen columns of it
-  static void keys(const T* from, size_t stride, int dim, float* to) {
-    for (int d = 0; d < dim; d++)
-      for (int key = 0; key < LANES; key++) to[d * KEYS + key] = to_float(from[key * stride + d]);
+  // keys [LANES rows, stride][dim] -> to [dim][KEYS], LANES columns of it
+  static void keys(const T* from, ptrdiff_t ahead, size_t stride, int dim, float* to) {
+    constexpr int LINE = 64 / sizeof(T);
+    for (int line = 0; line < dim; line += LINE) {
+      for (int key = 0; key < LANES; key++) __builtin_prefetch(from + ahead + key * stride + line);
+      for (int d = line; d < std::min(dim, line + LINE); d++)
+        for (int key = 0; key < LANES; key++) to[d * KEYS + key] = to_float(from[key * stride + d]);
+    }
   }
-  // values [16 rows, stride][dim] -> to [16][dim], where rows outside first:end become zero
-  static void values(const T* from, size_t stride, int dim, int first, int end, float* to) {
+  // values [LANES rows, stride][dim] -> to [LANES][dim], where rows from end on become zero
+  static void values(const T* from, ptrdiff_t ahead, size_t stride, int dim, int end, float* to) {
     for (int key = 0; key < LANES; key++)
-      for (int d = 0; d < dim; d += LANES)
-        store(to + key * dim + d, first <= key && key < end ? load(from + key * stride + d) : Vec{});
+      for (int d = 0; d < dim; d += LANES) {
+        __builtin_prefetch(from + ahead + key * stride + d);
+        store(to + key * dim + d, key < end ? load(from + key * stride + d) : Vec{});
+      }
   }
   static void row(const T* from, int dim, float* to) {
     for (int d = 0; d < dim; d++) to[d] = to_float(from[d]);
@@ -91,12 +101,16 @@ static inline void transpose(__m512i x[16]) {
 
 template <> struct Packer<Pairs> {
   // keys [16 rows, stride][dim] -> to [dim / 2][KEYS], sixteen columns of it
-  static void keys(const bf16* from, size_t stride, int dim, uint32_t* to) {
+  static void keys(const bf16* from, ptrdiff_t ahead, size_t stride, int dim, uint32_t* to) {
     for (int word = 0; word < dim / 2; word += 16) {
       const int count = std::min(16, dim / 2 - word);
       const __mmask16 inside = (1u << count) - 1;
       __m512i x[16];
-      for (int key = 0; key < 16; key++) x[key] = _mm512_maskz_loadu_epi32(inside, from + key * stride + 2 * word);
+      for (int key = 0; key < 16; key++) {
+        const bf16* part = from + key * stride + 2 * word;
+        __builtin_prefetch(part + ahead);
+        x[key] = _mm512_maskz_loadu_epi32(inside, part);
+      }
       transpose(x);
       if (count == 16)  // constant bounds keep x in registers
         for (int i = 0; i < 16; i++) _mm512_store_si512(to + (word + i) * KEYS, x[i]);
@@ -104,12 +118,13 @@ template <> struct Packer<Pairs> {
         for (int i = 0; i < 8; i++) _mm512_store_si512(to + (word + i) * KEYS, x[i]);
     }
   }
-  // values [16 rows, stride][dim] -> to [8 pairs of rows][dim], where rows outside first:end become zero
-  static void values(const bf16* from, size_t stride, int dim, int first, int end, uint32_t* to) {
+  // values [16 rows, stride][dim] -> to [8 pairs of rows][dim], where rows from end on become zero
+  static void values(const bf16* from, ptrdiff_t ahead, size_t stride, int dim, int end, uint32_t* to) {
     for (int pair = 0; pair < 8; pair++, from += 2 * stride, to += dim) {
-      const __mmask16 even = first <= 2 * pair && 2 * pair < end ? 0xffff : 0;
-      const __mmask16 odd = first <= 2 * pair + 1 && 2 * pair + 1 < end ? 0xffff : 0;
+      const __mmask16 even = 2 * pair < end ? 0xffff : 0;
+      const __mmask16 odd = 2 * pair + 1 < end ? 0xffff : 0;
       for (int d = 0; d < dim; d += LANES) {
+        __builtin_prefetch(from + ahead + d + (d & LANES ? stride : 0));  // a line holds two vectors: one row each
         const __m512i low = _mm512_maskz_cvtepu16_epi32(even, _mm256_loadu_si256((const __m256i*)(from + d)));
         const __m512i high = _mm512_maskz_cvtepu16_epi32(odd, _mm256_loadu_si256((const __m256i*)(from + stride + d)));
         _mm512_storeu_si512(to + d, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
@@ -148,7 +163,8 @@ template <class Body> struct Scratch {  // what one item keeps at hand; only row
 template <class Body>
 static float soften(const Attention<typename Body::Stored>& a, Scratch<Body>& s, int row, int tile, float* scores) {
   const int vecs = (std::min(KEYS, s.end[row] - tile) + LANES - 1) / LANES;
-  const IntVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  IntVec lane;
+  for (int i = 0; i < LANES; i++) lane[i] = i;
   const bool whole = s.first[row] <= tile && tile + KEYS <= s.end[row];
   IntVec visible[KEYS / LANES];
   Vec best = splat(s.highest[row]);
@@ -201,7 +217,12 @@ static void attend_block(const Attention<typename Body::Stored>& a, Scratch<Body
                         (seen + Body::DEPTH - 1) / Body::DEPTH);
 }
 
-// Packs keys first:end of the tile; the rest of its values become zero, the rest of its keys stay what they were.
+template <class T> static size_t slot_of(const Attention<T>& a, const int32_t* table, int position) {
+  return size_t(table[position / a.block_size]) * a.block_size + position % a.block_size;
+}
+
+// Packs keys first:end of the tile. Values that were never written become zero, for zero times NaN is NaN; scores of keys
+// outside the span are masked, whatever they are.
 template <class Body, class T = typename Body::Stored>
 static void pack_tile(const Attention<T>& a, Scratch<Body>& s, const int32_t* table, int head, int tile, int first,
                       int end) {
@@ -213,25 +234,11 @@ static void pack_tile(const Attention<T>& a, Scratch<Body>& s, const int32_t* ta
       memset(s.values + i / Body::DEPTH * dim, 0, LANES / Body::DEPTH * dim * sizeof *s.values);
       continue;
     }
-    const size_t slot = size_t(table[position / a.block_size]) * a.block_size + position % a.block_size;
-    const size_t offset = slot * stride + size_t(head) * dim;
-    Packer<Body>::keys(a.k_cache + offset, stride, dim, s.keys + i);
-    Packer<Body>::values(a.v_cache + offset, stride, dim, first - position, end - position,
-                         s.values + i / Body::DEPTH * dim);
-  }
-}
-
-// Asks memory for keys first:end of the next tile, whose blocks lie anywhere: no hardware prefetcher follows a block table.
-template <class T>
-static void prefetch_tile(const Attention<T>& a, const int32_t* table, int head, int tile, int end) {
-  const size_t stride = size_t(a.kv_heads) * a.head_dim;
-  for (int position = tile; position < std::min(tile + KEYS, end); position++) {
-    const size_t slot = size_t(table[position / a.block_size]) * a.block_size + position % a.block_size;
-    const size_t offset = slot * stride + size_t(head) * a.head_dim;
-    for (int d = 0; d < a.head_dim; d += int(64 / sizeof(T))) {
-      __builtin_prefetch(a.k_cache + offset + d);
-      __builtin_prefetch(a.v_cache + offset + d);
-    }
+    const size_t offset = slot_of(a, table, position) * stride + size_t(head) * dim;
+    const size_t next = slot_of(a, table, position + AHEAD < end ? position + AHEAD : position);
+    const ptrdiff_t ahead = ptrdiff_t(next * stride + size_t(head) * dim) - ptrdiff_t(offset);
+    Packer<Body>::keys(a.k_cache + offset, ahead, stride, dim, s.keys + i);
+    Packer<Body>::values(a.v_cache + offset, ahead, stride, dim, end - position, s.values + i / Body::DEPTH * dim);
   }
 }
 
@@ -267,7 +274,6 @@ static void attend(const Attention<T>& a, int sequence, int kv_head, int first_r
   for (int r = 0; r < rows; r++) start_row(a, s, sequence, kv_head, r, first_row);
   const int first = s.first[0], end = s.end[rows - 1];
   for (int tile = first / KEYS * KEYS; tile < end; tile += KEYS) {
-    prefetch_tile(a, table, kv_head, tile + KEYS, end);
     pack_tile(a, s, table, kv_head, tile, first, end);
     for (int r = 0; r < rows; r += MAX_ROWS) attend_block(a, s, r, std::min(MAX_ROWS, rows - r), tile);
   }

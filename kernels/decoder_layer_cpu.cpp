@@ -7,9 +7,9 @@
 
 #include "attention_cpu.h"
 
-constexpr int PANEL = 2 * LANES;  // outputs that are packed side by side
-constexpr int ROW_BLOCK = 12;     // rows whose accumulators fill the registers: 12 x 2 vectors
-constexpr int ROW_TILE = 96;      // rows of one work item: a panel stays in the first-level cache for all of them
+constexpr int PANEL = 32;  // outputs that are packed side by side
+constexpr int ROW_BLOCK = LANES == 16 ? 12 : MAX_ROWS;  // rows whose accumulators fill the registers: 12 x 2 vectors
+constexpr int ROW_TILE = 96;  // rows of one work item: a panel stays in the first-level cache for all of them
 
 struct Linear {
   const uint32_t* panels;  // [outputs / PANEL][inputs / 2][PANEL] pairs of inputs
@@ -67,13 +67,18 @@ using MultiplyRows = void (*)(const uint32_t* x, size_t x_row, const uint32_t* p
 
 template <int ROWS>
 static void multiply_panel(const uint32_t* x, size_t x_row, const uint32_t* panel, float* sums, int steps) {
-  multiply_block<Pairs, true, ROWS, 2>(x, x_row, panel, PANEL, sums, PANEL, steps);
+  constexpr int VECS = std::min(PANEL / LANES, MAX_VECS);
+  for (int i = 0; i < PANEL; i += VECS * LANES)
+    multiply_block<Pairs, true, ROWS, VECS>(x, x_row, panel + i, PANEL, sums + i, PANEL, steps);
 }
-constexpr MultiplyRows MULTIPLY_PANEL[ROW_BLOCK] = {
-    multiply_panel<1>, multiply_panel<2>, multiply_panel<3>, multiply_panel<4>,  multiply_panel<5>,  multiply_panel<6>,
-    multiply_panel<7>, multiply_panel<8>, multiply_panel<9>, multiply_panel<10>, multiply_panel<11>, multiply_panel<12>};
+constexpr MultiplyRows MULTIPLY_PANEL[] = {  // by rows - 1
+    multiply_panel<1>, multiply_panel<2>, multiply_panel<3>, multiply_panel<4>, multiply_panel<5>, multiply_panel<6>,
+#ifdef __AVX512F__
+    multiply_panel<7>, multiply_panel<8>, multiply_panel<9>, multiply_panel<10>, multiply_panel<11>, multiply_panel<12>,
+#endif
+};
 
-// Multiplies rows first:end of x [tokens, inputs] with one panel, and hands each row's two vectors of sums to finish.
+// Multiplies rows first:end of x [tokens, inputs] with one panel, and hands each row's sums [PANEL] to finish.
 template <class Finish>
 static void linear_item(const bf16* x, int first, int end, const Linear& linear, int panel, const Finish& finish) {
   alignas(64) float sums[ROW_BLOCK * PANEL];
@@ -83,8 +88,12 @@ static void linear_item(const bf16* x, int first, int end, const Linear& linear,
   for (int row = first; row < end; row += size) {
     const int rows = std::min(size, end - row);
     MULTIPLY_PANEL[rows - 1]((const uint32_t*)x + row * words, words, weights, sums, int(words));
-    for (int r = 0; r < rows; r++) finish(row + r, panel, load(sums + r * PANEL), load(sums + r * PANEL + LANES));
+    for (int r = 0; r < rows; r++) finish(row + r, panel, sums + r * PANEL);
   }
+}
+
+static inline Vec with_bias(const Linear& linear, int panel, int i, const float* sums) {
+  return linear.bias ? load(sums + i) + load(linear.bias + panel * PANEL + i) : load(sums + i);
 }
 
 // Shares the panels out over the enclosing parallel region, and waits for all of them.
@@ -147,23 +156,23 @@ static void prepare_token(const DecoderLayer& layer, bf16* qkv, int token) {
 static void run_layer(const DecoderLayer& layer, Workspace& w, const std::vector<int>& first_item) {
   const Attention<bf16>& a = layer.attention;
   const int tokens = a.tokens(), hidden = layer.qkv.inputs;
-  const auto project = [&](int row, int panel, Vec left, Vec right) {
+  const auto project = [&](int row, int panel, const float* sums) {
     bf16* to = w.qkv.data() + size_t(row) * layer.qkv.outputs + panel * PANEL;
-    const bf16* bias = layer.qkv.bias ? layer.qkv.bias + panel * PANEL : nullptr;
-    store(to, bias ? left + load(bias) : left);
-    store(to + LANES, bias ? right + load(bias + LANES) : right);
+    for (int i = 0; i < PANEL; i += LANES) store(to + i, with_bias(layer.qkv, panel, i, sums));
   };
   const auto add_to = [hidden](const Linear& linear, const bf16* residual, bf16* out) {
-    return [=, bias = linear.bias](int row, int panel, Vec left, Vec right) {
+    return [=, &linear](int row, int panel, const float* sums) {
       const size_t at = size_t(row) * hidden + panel * PANEL;
-      if (bias) left += load(bias + panel * PANEL), right += load(bias + panel * PANEL + LANES);
-      store(out + at, load(residual + at) + rounded(left));
-      store(out + at + LANES, load(residual + at + LANES) + rounded(right));
+      for (int i = 0; i < PANEL; i += LANES)
+        store(out + at + i, load(residual + at + i) + rounded(with_bias(linear, panel, i, sums)));
     };
   };
-  const auto activate = [&](int row, int panel, Vec gate, Vec up) {
-    const Vec active = layer.gelu ? gelu(rounded(gate)) : silu(rounded(gate));
-    store(w.active.data() + size_t(row) * layer.down.inputs + panel * LANES, rounded(active) * rounded(up));
+  const auto activate = [&](int row, int panel, const float* sums) {
+    bf16* to = w.active.data() + size_t(row) * layer.down.inputs + panel * PANEL / 2;
+    for (int i = 0; i < PANEL / 2; i += LANES) {
+      const Vec gate = rounded(load(sums + i)), up = rounded(load(sums + PANEL / 2 + i));
+      store(to + i, rounded(layer.gelu ? gelu(gate) : silu(gate)) * up);
+    }
   };
 
   normalise_rows(layer.x, layer.input_norm, tokens, hidden, w.normed.data());

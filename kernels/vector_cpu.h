@@ -1,7 +1,7 @@
-// Arithmetic shared by the CPU kernels: sixteen float lanes, two ways to multiply, and one small matrix product.
+// Arithmetic shared by the CPU kernels: vectors of floats, two ways to multiply, and one small matrix product.
 //
-// Everything is plain C++ with the vector extensions of GCC and Clang, which become AVX, AVX-512 or NEON as the CPU has
-// them. Only bfloat16 pairs (AVX512-BF16) need intrinsics; -DPORTABLE compiles without them.
+// Everything is plain C++ with the vector extensions of GCC and Clang, in vectors as long as the CPU's own: the compilers
+// take longer ones apart into scalars. Only bfloat16 pairs (AVX512-BF16) need intrinsics; -DPORTABLE does without them.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -12,9 +12,21 @@
 #include <immintrin.h>
 #endif
 
-constexpr int LANES = 16;
+// MAX_ROWS x MAX_VECS: the block of accumulators that the registers hold beside its operands.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, MAX_VECS = 4;  // 32 registers
+#elif defined(__AVX__)
+constexpr int LANES = 8, MAX_VECS = 2;  // 16 registers
+#elif defined(__aarch64__)
+constexpr int LANES = 4, MAX_VECS = 4;  // 32 registers
+#else
+constexpr int LANES = 4, MAX_VECS = 2;
+#endif
+constexpr int MAX_ROWS = 6;
+
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
+typedef uint16_t ShortVec __attribute__((vector_size(2 * LANES)));
 
 struct bf16 {
   uint16_t bits;
@@ -28,13 +40,6 @@ static inline float to_float(bf16 x) {
   return result;
 }
 
-static inline void round_to(float& to, float x) { to = x; }
-static inline void round_to(bf16& to, float x) {  // to nearest, ties to even; a NaN stays one
-  uint32_t wide;
-  memcpy(&wide, &x, 4);
-  to.bits = x == x ? (wide + 0x7fff + (wide >> 16 & 1)) >> 16 : 0x7fc0;
-}
-
 static inline Vec splat(float x) { return Vec{} + x; }
 static inline Vec load(const float* from) {
   Vec v;
@@ -44,20 +49,19 @@ static inline Vec load(const float* from) {
 static inline void store(float* to, Vec v) { memcpy(to, &v, sizeof v); }
 
 static inline Vec load(const bf16* from) {
-#ifdef __AVX512F__
-  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
-#else
-  float wide[LANES];
-  for (int i = 0; i < LANES; i++) wide[i] = to_float(from[i]);
-  return load(wide);
-#endif
+  ShortVec bits;
+  memcpy(&bits, from, sizeof bits);
+  return (Vec)(__builtin_convertvector(bits, IntVec) << 16);
 }
-static inline void store(bf16* to, Vec v) {
+static inline void store(bf16* to, Vec v) {  // rounded to nearest, ties to even; a NaN stays one
 #if defined(__AVX512BF16__) && !defined(PORTABLE)
-  _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+  const auto bits = _mm512_cvtneps_pbh((__m512)v);
 #else
-  for (int i = 0; i < LANES; i++) round_to(to[i], v[i]);
+  const IntVec wide = (IntVec)v, odd = wide >> 16 & 1;
+  const IntVec narrow = v == v ? (wide + 0x7fff + odd) >> 16 : IntVec{} + 0x7fc0;
+  const ShortVec bits = __builtin_convertvector(narrow, ShortVec);
 #endif
+  memcpy(to, &bits, sizeof bits);
 }
 
 // Rounds to bfloat16 and back: where the torch model stores an intermediate result.
@@ -128,14 +132,7 @@ struct Pairs {  // a word is two bfloat16: one AVX512-BF16 instruction a step, o
   }
 };
 
-// The largest block of accumulators that the registers hold beside its operands.
-#ifdef __AVX512F__
-constexpr int MAX_ROWS = 6, MAX_VECS = 4;
-#else
-constexpr int MAX_ROWS = 2, MAX_VECS = 2;
-#endif
-
-// c[ROWS][VECS * 16] (+)= a[ROWS][steps] · b[steps][VECS * 16], every element its own chain in the order of the steps: the
+// c[ROWS][VECS * LANES] (+)= a[ROWS][steps] · b[steps][VECS * LANES], every element its own chain in the order of the steps: the
 // result of a row does not depend on ROWS or VECS. This is what makes the kernels batch invariant.
 template <class Body, bool FRESH, int ROWS, int VECS, class Word = typename Body::Word>
 static inline void multiply_block(const Word* a, size_t a_row, const Word* b, size_t b_step, float* c, size_t c_row,
@@ -156,8 +153,10 @@ static void multiply_rows(const Word* a, size_t a_row, const Word* b, size_t b_s
                           int steps) {
   for (; vecs >= MAX_VECS; vecs -= MAX_VECS, b += MAX_VECS * LANES, c += MAX_VECS * LANES)
     multiply_block<Body, FRESH, ROWS, MAX_VECS>(a, a_row, b, b_step, c, c_row, steps);
-  if (vecs == 3) multiply_block<Body, FRESH, ROWS, 3>(a, a_row, b, b_step, c, c_row, steps);
-  if (vecs == 2) multiply_block<Body, FRESH, ROWS, 2>(a, a_row, b, b_step, c, c_row, steps);
+  if constexpr (MAX_VECS == 4) {
+    if (vecs == 3) multiply_block<Body, FRESH, ROWS, 3>(a, a_row, b, b_step, c, c_row, steps);
+    if (vecs == 2) multiply_block<Body, FRESH, ROWS, 2>(a, a_row, b, b_step, c, c_row, steps);
+  }
   if (vecs == 1) multiply_block<Body, FRESH, ROWS, 1>(a, a_row, b, b_step, c, c_row, steps);
 }
 
@@ -168,11 +167,9 @@ static void multiply(int rows, const Word* a, size_t a_row, const Word* b, size_
   switch (rows) {
     case 1: return multiply_rows<Body, FRESH, 1>(a, a_row, b, b_step, c, c_row, vecs, steps);
     case 2: return multiply_rows<Body, FRESH, 2>(a, a_row, b, b_step, c, c_row, vecs, steps);
-#ifdef __AVX512F__
     case 3: return multiply_rows<Body, FRESH, 3>(a, a_row, b, b_step, c, c_row, vecs, steps);
     case 4: return multiply_rows<Body, FRESH, 4>(a, a_row, b, b_step, c, c_row, vecs, steps);
     case 5: return multiply_rows<Body, FRESH, 5>(a, a_row, b, b_step, c, c_row, vecs, steps);
     case 6: return multiply_rows<Body, FRESH, 6>(a, a_row, b, b_step, c, c_row, vecs, steps);
-#endif
   }
 }

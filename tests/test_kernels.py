@@ -1,6 +1,7 @@
 """The kernels against fp64, over ragged batches of prefill and decode, and bitwise against themselves."""
 
 import os
+import platform
 import subprocess
 import sys
 import types
@@ -17,9 +18,10 @@ if "serve_kernels" not in sys.modules:  # as serve.py does
     sys.modules["serve_kernels"] = types.ModuleType("serve_kernels")
     sys.modules["serve_kernels"].__path__ = [str(KERNELS)]
 
-from serve_kernels import attention, attention_cpu, compile_cpu, linear_cpu  # noqa: E402
+from serve_kernels import attention, attention_cpu, compile_cpu, decoder_layer_cpu, linear_cpu  # noqa: E402
 
 PORTABLE = ("-DPORTABLE",)
+HASWELL = ("-march=haswell",)  # eight lanes and few registers: blocks of other sizes
 needs_compiler = pytest.mark.skipif(attention_cpu.unavailable() is not None, reason=str(attention_cpu.unavailable()))
 
 # (queries, length): prefills from scratch, chunks of longer prompts and decode rows, at block and tile edges ± 1.
@@ -82,11 +84,17 @@ def portable(*args: Tensor, **options: object) -> Tensor:
     return attention_cpu.paged_attention(*args, **options, flags=PORTABLE)
 
 
+def haswell(*args: Tensor, **options: object) -> Tensor:
+    return attention_cpu.paged_attention(*args, **options, flags=HASWELL)
+
+
+needs_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="needs an x86 CPU")
 IMPLEMENTATIONS = [
     pytest.param(attention.paged_attention_eager, id="eager"),
     pytest.param(attention.paged_attention_sdpa, id="sdpa"),
     pytest.param(native, id="native", marks=needs_compiler),
     pytest.param(portable, id="portable", marks=needs_compiler),
+    pytest.param(haswell, id="haswell", marks=[needs_compiler, needs_x86]),
 ]
 COMPILED = IMPLEMENTATIONS[2:]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -191,12 +199,12 @@ def test_strided_inputs(function: types.FunctionType) -> None:
 
 # ── Batch invariance ──────────────────────────────────────────────────────────────────────────
 
-OPTIONS = [{}, {"window": 50}, {"softcap": 4.0, "sinks": torch.linspace(-2, 4, 6)}]
+OPTIONS = [{}, {"heads": 2}, {"window": 50}, {"softcap": 4.0, "sinks": torch.linspace(-2, 4, 6)}]
 
 
 @pytest.mark.parametrize("function", COMPILED)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "window", "softcap-sinks"])
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "one-head-a-group", "window", "softcap-sinks"])
 def test_batch_invariance(function: types.FunctionType, dtype: torch.dtype, options: dict) -> None:
     """Bitwise: alone, in a batch, prefilled at once, in chunks or token by token, in any blocks, on any number of threads."""
     length = 150
@@ -212,7 +220,7 @@ def test_batch_invariance(function: types.FunctionType, dtype: torch.dtype, opti
             assert torch.equal(rows(replace(whole, spans=[(chunk, end)])), want[end - chunk : end]), (chunk, end)
     assert torch.equal(rows(replace(whole, layout=7)), want)
     assert torch.equal(rows(replace(whole, block_size=48)), want)
-    other = make_case(RAGGED, dtype=dtype)
+    other = make_case(RAGGED, dtype=dtype, heads=options.get("heads", 6))
     mixed = replace(
         whole, spans=other.spans + [(30, length)], **{x: getattr(other, x) + getattr(whole, x) for x in ("q", "k", "v")}
     )
@@ -291,12 +299,146 @@ def test_pack_linears() -> None:
     assert (weight.dtype, weight.device.type, tuple(weight.shape)) == (torch.float32, "cpu", (32, 16))
 
 
+# ── Decoder layer ─────────────────────────────────────────────────────────────────────────────
+
+BODIES = [
+    pytest.param((), id="native"),
+    pytest.param(PORTABLE, id="portable"),
+    pytest.param(HASWELL, id="haswell", marks=needs_x86),
+]
+HIDDEN, DIM, HEADS, KV_HEADS = 192, 32, 6, 2
+
+
+def make_layer(name: str = "llama", dim: int = DIM, **options: object) -> nn.Module:
+    """One decoder layer of a transformers architecture with random bfloat16 weights; norms and biases random too."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 160, "num_hidden_layers": 1, "head_dim": dim, "vocab_size": 9}
+    heads = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(len(name))
+    config = AutoConfig.for_model(name, **{**sizes, **heads, **tokens, **options})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").bfloat16().eval().requires_grad_(False)
+    layer = model.get_decoder().layers[0]
+    for parameter in layer.parameters():
+        parameter += 0.1 * torch.randn_like(parameter)
+    return layer
+
+
+def make_rope(tokens: int, dim: int = DIM) -> tuple[Tensor, Tensor]:
+    angles = torch.arange(tokens)[:, None] * (0.5 ** torch.arange(dim // 2)).repeat(2)
+    return angles.cos().bfloat16(), angles.sin().bfloat16()
+
+
+def run_original(layer: nn.Module, x: Tensor) -> Tensor:
+    """Run a transformers layer over one prompt x [tokens, hidden] from its first token, in x's dtype."""
+    cos, sin = (part[None].to(x.dtype) for part in make_rope(len(x), layer.self_attn.head_dim))
+    mask = torch.full((len(x), len(x)), torch.finfo(x.dtype).min, dtype=x.dtype).triu(1)[None, None]
+    out = layer.to(x.dtype)(x[None], attention_mask=mask, position_embeddings=(cos, sin))
+    layer.bfloat16()
+    return (out[0] if isinstance(out, tuple) else out).view_as(x)
+
+
+def run_fused(fused: nn.Module, prompts: list[Tensor], chunks: list[int]) -> list[Tensor]:
+    """Run prompts [tokens, hidden] side by side, at most `chunk` tokens of each a step, on caches full of NaN."""
+    size, blocks = 32, [-(-len(prompt) // 32) for prompt in prompts]
+    tables = torch.full((len(prompts), max(blocks)), -1, dtype=torch.int32)
+    order = torch.randperm(sum(blocks), generator=torch.Generator().manual_seed(sum(chunks))).int()
+    for table, part in zip(tables, order.split(blocks)):
+        table[: len(part)] = part
+    dim = fused.head_dim
+    caches = torch.full((2, sum(blocks), size, KV_HEADS, dim), torch.nan).bfloat16()
+    done, outs = [0] * len(prompts), [[] for _ in prompts]
+    cos, sin = make_rope(max(map(len, prompts)), dim)
+    while active := [s for s, prompt in enumerate(prompts) if done[s] < len(prompt)]:
+        spans = [torch.arange(done[s], min(done[s] + chunks[s], len(prompts[s]))) for s in active]
+        positions, counts = torch.cat(spans), [len(span) for span in spans]
+        x = torch.cat([prompts[s][span] for s, span in zip(active, spans)])
+        rows = tables[active].long().repeat_interleave(torch.tensor(counts), 0)
+        slots = rows.gather(1, positions[:, None] // size)[:, 0] * size + positions % size
+        bounds, lengths = torch.tensor([0, *counts]).cumsum(0).int(), torch.stack([span[-1] + 1 for span in spans]).int()
+        table = tables[active].contiguous()
+        out = fused(x, cos[positions], sin[positions], *caches, slots, table, bounds, lengths, scale=dim**-0.5)
+        for s, part in zip(active, out.split(counts)):
+            outs[s].append(part)
+            done[s] += len(part)
+    return [torch.cat(out) for out in outs]
+
+
+@needs_compiler
+@pytest.mark.parametrize("flags", BODIES)
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma", "mistral"])
+def test_decoder_layer(name: str, flags: tuple[str, ...]) -> None:
+    """As near to the layer in fp32 as the original in bfloat16 is: biases, q and k norms, 1 + weight norms, GELU."""
+    layer = make_layer(name)
+    assert decoder_layer_cpu.unsupported(layer) is None
+    fused = decoder_layer_cpu.FusedLayer(layer, *flags)
+    prompts = [torch.randn(tokens, HIDDEN).bfloat16() for tokens in (1, 40, 130)]
+    for prompt, got in zip(prompts, run_fused(fused, prompts, [1, 7, 113])):
+        exact, eager = run_original(layer, prompt.float()), run_original(layer, prompt)
+        assert (got.float() - exact).norm() <= 1.2 * (eager.float() - exact).norm()
+        assert ((got.float() - eager.float()).norm(dim=1) / eager.float().norm(dim=1)).max() < 0.02  # every token
+
+
+@needs_compiler
+@pytest.mark.parametrize("flags", BODIES)
+def test_decoder_layer_batch_invariance(flags: tuple[str, ...]) -> None:
+    """Bitwise: a prompt at once, in chunks, token by token, beside others, on any number of threads."""
+    fused = decoder_layer_cpu.FusedLayer(make_layer("qwen3", dim=64), *flags)
+    prompt, *others = [torch.randn(tokens, HIDDEN).bfloat16() for tokens in (150, 1, 90, 33, 150)]
+    (want,) = run_fused(fused, [prompt], [150])
+    assert not want.isnan().any()
+    for chunk in (1, 2, 5, 13, 100):
+        assert torch.equal(run_fused(fused, [prompt], [chunk])[0], want), chunk
+    assert torch.equal(run_fused(fused, [others[1], prompt, *others], [9, 11, 1, 40, 3, 150])[1], want)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads % 2 + 1)
+        assert torch.equal(run_fused(fused, [prompt], [150])[0], want)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_compiler
+def test_decoder_layer_holds_only_packed_weights() -> None:
+    layer = make_layer()
+    fused = decoder_layer_cpu.FusedLayer(layer)
+    prompt = torch.randn(20, HIDDEN).bfloat16()
+    (want,) = run_fused(fused, [prompt], [20])
+    for parameter in layer.parameters():
+        if parameter.dim() > 1:
+            parameter.fill_(torch.nan)
+    assert torch.equal(run_fused(fused, [prompt], [20])[0], want)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "name, options, reason",
+    [
+        ("gemma2", {}, "norms after"),
+        ("olmo2", {}, "not shaped like"),
+        ("llama", {"dim": 48}, "head size 48"),
+        ("llama", {"intermediate_size": 100}, "widths"),
+        ("llama", {"mlp_bias": True}, "bias"),
+        ("llama", {"hidden_act": "relu"}, "activation"),
+    ],
+)
+def test_decoder_layer_unsupported(name: str, options: dict, reason: str) -> None:
+    layer = make_layer(name, **options)
+    assert reason in decoder_layer_cpu.unsupported(layer)
+
+
+def test_decoder_layer_wants_bfloat16() -> None:
+    assert "bfloat16" in decoder_layer_cpu.unsupported(make_layer().float())
+
+
 # ── Compilation ───────────────────────────────────────────────────────────────────────────────
 
 
 def python(code: str, **environment: str) -> str:
     """Run code in a fresh interpreter that has `serve_kernels`, and return what it prints."""
-    setup = f"import sys, types\nm = sys.modules['serve_kernels'] = types.ModuleType('serve_kernels')\nm.__path__ = [{str(KERNELS)!r}]\n"
+    setup = f"import sys, types\nm = types.ModuleType('serve_kernels')\nm.__path__ = [{str(KERNELS)!r}]\n"
+    setup += "sys.modules['serve_kernels'] = m\n"
     result = subprocess.run(
         [sys.executable, "-c", setup + code], env={**os.environ, **environment}, capture_output=True, text=True
     )
@@ -310,7 +452,8 @@ def test_no_compiler_is_a_reason(tmp_path: Path) -> None:
 
 
 def test_failed_compilation_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "g++").write_text("#!/bin/sh\ncase $* in *version*) exit 0;; esac\necho 'x.cpp:1: error: bad day' >&2\nexit 1\n")
+    script = "case $* in *version*) exit 0;; esac\necho 'x.cpp:1: error: bad day' >&2\nexit 1\n"
+    (tmp_path / "g++").write_text("#!/bin/sh\n" + script)
     (tmp_path / "g++").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SERVE_CACHE", str(tmp_path / "cache"))
