@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx2 as httpx
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,7 +55,8 @@ class ServerProcess:
 
 
 @contextlib.contextmanager
-def start_server(folder: Path, *arguments: str, ready: bool = True, env: dict[str, str] | None = None) -> Iterator[ServerProcess]:
+def start_server(folder: Path, *arguments: str, ready: bool = True,
+                 env: dict[str, str] | None = None) -> Iterator[ServerProcess]:
     """Run the server as a user would; its log is in `folder`. Kills it at the end by its PID, if it still runs."""
     log = folder / f"server-{time.monotonic_ns()}.log"
     with log.open("wb") as out:
@@ -145,12 +148,32 @@ def server(checkpoint: Path) -> Iterator[LocalServer]:
     local.stop()
 
 
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+http = httpx.Client(timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
+
+
+def ask(server: LocalServer | ServerProcess, **fields: object) -> httpx.Response:
+    """Ask for a chat completion."""
+    return http.post(server.url + "/v1/chat/completions", json={"messages": QUESTION, **fields})
+
+
+def stream(server: LocalServer | ServerProcess, **fields: object) -> list[dict]:
+    """Return the chunks of a streamed chat completion, framed as they must be."""
+    response = ask(server, stream=True, **fields)
+    assert response.status_code == 200 and response.headers["content-type"].startswith("text/event-stream"), response.text
+    *events, done, rest = response.text.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    assert all(event.startswith("data: {") for event in events)
+    return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
 @pytest.fixture(scope="session")
 def exact(checkpoint: Path) -> serve.Runner:
     """The built-in model in float32, with a small cache: what it says is compared token for token."""
-    config = serve.Config(dtype="float32", block_size=8, kv_cache_memory=128 << 20)
+    config = serve.Config(device="cpu", dtype="float32", block_size=8, kv_cache_memory=128 << 20)
     model = serve.load_model(serve.DEFAULT_MODEL, serve.Checkpoint(str(checkpoint)), config, True, lambda stage: None)
-    return serve.make_runner(model, config)[0]
+    kernel, _ = serve.choose_attention(config.attention, model.device)
+    return serve.make_runner(model, kernel, config)[0]
 
 
 @pytest.fixture(scope="session")
@@ -158,9 +181,10 @@ def tiny(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that loads in no time: a llama of random weights, with the built-in model's tokenizer."""
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=49152, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=256, bos_token_id=1, eos_token_id=2, initializer_range=0.2)).save_pretrained(folder)
+    config = transformers.LlamaConfig(
+        vocab_size=49152, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, initializer_range=0.2)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(checkpoint / name, folder)
     return folder

@@ -1,46 +1,250 @@
-"""Chat completions over real sockets, driven by real clients."""
+"""Chat completions: streamed and folded are the same, exact, valid for the openai SDK, and what real clients expect."""
+import asyncio
+import contextlib
 import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
 
-import httpx2 as httpx
+import huggingface_hub
 import openai
+import pydantic
 import pytest
-from conftest import LocalServer
+import torch
+import transformers
+from conftest import QUESTION, LocalServer, ask, stream
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+PARIS = "The capital of France is Paris."
+STORY = [{"role": "user", "content": "Tell me a story about a dog."}]
 
 
-def ask(server: LocalServer, **fields) -> httpx.Response:
-    body = {"messages": [{"role": "user", "content": "What is the capital of France?"}], **fields}
-    return httpx.post(server.url + "/v1/chat/completions", json=body, timeout=60)
+def valid(kind: type[pydantic.BaseModel], value: dict) -> None:
+    """Check that the SDK's model reads an object strictly, knows all of its fields, and loses none."""
+    model = kind.model_validate(value, strict=True)
+    assert model.model_dump(exclude_unset=True) == value
+    pending = [model]
+    while pending:
+        part = pending.pop()
+        assert not part.model_extra, part
+        for field in part.__dict__.values():
+            items = field if isinstance(field, list) else [field]
+            pending += [item for item in items if isinstance(item, pydantic.BaseModel)]
 
 
-def test_answers(server: LocalServer) -> None:
-    answer = ask(server).json()
-    assert answer["choices"][0]["message"]["content"] == "The capital of France is Paris."
-    assert answer["choices"][0]["finish_reason"] == "stop"
-    assert answer["usage"]["completion_tokens"] == 8
+def fold(chunks: list[dict]) -> dict:
+    """Put a stream together as a client does; the choices by index."""
+    choices: dict[int, dict] = {}
+    for chunk in chunks:
+        for part in chunk["choices"]:
+            choice = choices.setdefault(part["index"], {"roles": [], "text": "", "logprobs": [], "reasons": []})
+            choice["roles"] += [part["delta"]["role"]] if "role" in part["delta"] else []
+            choice["text"] += part["delta"].get("content") or ""
+            choice["logprobs"] += part["logprobs"]["content"] if part["logprobs"] else []
+            assert not choice["reasons"], "nothing comes after the finish reason"
+            choice["reasons"] += [part["finish_reason"]] if part["finish_reason"] else []
+    return choices
+
+
+@pytest.mark.parametrize("fields", [
+    {}, {"max_tokens": 5}, {"temperature": 1, "seed": 5, "max_tokens": 30}, {"logprobs": True, "top_logprobs": 4},
+    {"logprobs": True}, {"n": 3, "temperature": 1, "seed": 9, "max_tokens": 20, "logprobs": True, "top_logprobs": 2},
+    {"stop": ["is Pa"]}, {"stop": [" of"], "logprobs": True}, {"messages": STORY, "max_tokens": 60, "stop": ["\n\n", " and "]},
+    {"messages": STORY, "n": 2, "max_tokens": 40, "frequency_penalty": 0.5, "temperature": 0.7, "seed": 1, "top_k": 40},
+    {"logit_bias": {"2": 100}}, {"logit_bias": {"2": 100}, "logprobs": True}, {"ignore_eos": True, "max_tokens": 12},
+], ids=str)
+def test_streamed_is_folded_and_valid(server: LocalServer, fields: dict) -> None:
+    answer = ask(server, **fields).json()
+    *chunks, last = stream(server, stream_options={"include_usage": True}, **fields)
+    valid(ChatCompletion, answer)
+    for chunk in [*chunks, last]:
+        valid(ChatCompletionChunk, chunk)
+    assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in [*chunks, last]}) == 1
+    assert all(chunk["choices"] and not chunk.get("usage") for chunk in chunks)
+    details = [usage.pop("prompt_tokens_details")["cached_tokens"] for usage in (last["usage"], answer["usage"])]
+    assert last["choices"] == [] and last["usage"] == answer["usage"] and details[0] >= details[1]
+    streamed = fold(chunks)
+    assert sorted(streamed) == [choice["index"] for choice in answer["choices"]] == list(range(fields.get("n", 1)))
+    for choice in answer["choices"]:
+        found = streamed[choice["index"]]
+        assert found["roles"] == ["assistant"] and found["reasons"] == [choice["finish_reason"]]
+        assert found["text"] == choice["message"]["content"]
+        assert found["logprobs"] == (choice["logprobs"] or {"content": []})["content"]
+        assert "\ufffd" not in found["text"]
     server.assert_idle()
 
 
-def test_streamed_is_folded(server: LocalServer) -> None:
-    lines = [line for line in ask(server, stream=True).text.split("\n\n") if line]
-    assert lines[-1] == "data: [DONE]"
-    chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
-    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
-    assert text == ask(server).json()["choices"][0]["message"]["content"]
-    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
-    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
+def test_usage_comes_only_when_asked(server: LocalServer) -> None:
+    for options in ({}, {"stream_options": {}}, {"stream_options": {"include_usage": False}}, {"stream_options": None}):
+        assert all(chunk["choices"] and "usage" not in chunk for chunk in stream(server, **options))
 
 
-async def test_openai_sdk_streams(server: LocalServer) -> None:
-    client = openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none")
-    stream = await client.chat.completions.create(model="SmolLM2-135M-Instruct", stream=True, messages=[
-        {"role": "user", "content": "What is the capital of France?"}])
-    text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
-    assert text == "The capital of France is Paris."
+@pytest.mark.parametrize("messages", [QUESTION, STORY, [{"role": "user", "content": "🦜 日本"}]], ids=str)
+def test_usage_is_exact(server: LocalServer, messages: list[dict]) -> None:
+    tokenizer = server.engine.model.tokenizer
+    answer = ask(server, messages=messages, max_tokens=20, n=2, logprobs=True).json()
+    generated = sum(len(choice["logprobs"]["content"]) + (choice["finish_reason"] == "stop") for choice in answer["choices"])
+    usage = answer["usage"]
+    assert usage["prompt_tokens"] == len(tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"])
+    assert usage["completion_tokens"] == generated
+    assert usage["total_tokens"] == usage["prompt_tokens"] + generated
+    assert ask(server, messages=messages, max_tokens=1).json()["usage"]["prompt_tokens_details"]["cached_tokens"] == (
+        (usage["prompt_tokens"] - 1) // server.engine.scheduler.pool.block_size * server.engine.scheduler.pool.block_size)
 
 
-@pytest.mark.parametrize("fields, param", [({"temperature": "hot"}, "temperature"), ({"tools": [{}]}, "tools"),
-                                           ({"top_k": -2}, "top_k"), ({"messages": []}, "messages")])
-def test_refuses_by_name(server: LocalServer, fields: dict, param: str) -> None:
-    response = ask(server, **fields)
-    assert response.status_code == 400 and response.json()["error"]["param"] == param
+def test_logprobs_are_the_models_own(server: LocalServer, checkpoint: Path) -> None:
+    """Compared with transformers in float32, over a hot answer: bfloat16 may be off by a little, never by a shift."""
+    network = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    tokenizer = server.engine.model.tokenizer
+    found = ask(server, messages=STORY, temperature=0.8, top_p=0.9, presence_penalty=1, seed=4, max_tokens=40, logprobs=True,
+                top_logprobs=5).json()["choices"][0]
+    entries = found["logprobs"]["content"]
+    assert b"".join(bytes(entry["bytes"]) for entry in entries).decode() == found["message"]["content"]
+    vocabulary = {tuple(tokenizer.decode([id]).encode()): id for id in range(server.engine.model.vocab_size)}
+    ids = [vocabulary[tuple(entry["bytes"])] for entry in entries]
+    prompt = tokenizer.apply_chat_template(STORY, add_generation_prompt=True)["input_ids"]
+    with torch.inference_mode():
+        logits = network(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1]
+    wanted = logits.log_softmax(-1)
+    errors = []
+    for row, (id, entry) in enumerate(zip(ids, entries)):
+        errors.append(abs(entry["logprob"] - wanted[row, id].item()))
+        tops = [top["logprob"] for top in entry["top_logprobs"]]
+        assert len(tops) == 5 and tops == sorted(tops, reverse=True)
+        assert tops == pytest.approx(wanted[row].topk(5).values.tolist(), abs=0.4)
+        same = [top for top in entry["top_logprobs"] if top["bytes"] == entry["bytes"]]
+        assert all(top["logprob"] == entry["logprob"] for top in same)
+        assert all(top["token"] == bytes(top["bytes"]).decode(errors="replace") for top in entry["top_logprobs"])
+    assert max(errors) < 0.5 and sum(errors) / len(errors) < 0.08
+
+
+def test_characters_are_whole(server: LocalServer) -> None:
+    """The model goes on with what it sees: each of these characters takes several tokens."""
+    for character in ("🦜", "語", "Ω🎉"):
+        messages = [{"role": "user", "content": "Repeat"}, {"role": "assistant", "content": character * 12}]
+        pieces = [chunk["choices"][0]["delta"].get("content") or ""
+                  for chunk in stream(server, messages=messages, continue_final_message=True, max_tokens=24)]
+        text = "".join(pieces)
+        assert character[0] in text and "\ufffd" not in "".join(pieces[:-2])
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_bytes_that_are_no_character_come_at_the_end(server: LocalServer, n: int) -> None:
+    first = server.engine.model.tokenizer.encode("🦜", add_special_tokens=False)[0]
+    fields = {"logit_bias": {first: 100}, "max_tokens": 5, "n": n, "logprobs": True}
+    for choice, found in zip(ask(server, **fields).json()["choices"], fold(stream(server, **fields)).values()):
+        assert set(choice["message"]["content"]) == {"\ufffd"} and found["text"] == choice["message"]["content"]
+        assert len(found["logprobs"]) == 5 and all(entry["bytes"] for entry in found["logprobs"])
+
+
+def test_stop_strings_never_leak(server: LocalServer) -> None:
+    fields = {"messages": STORY, "max_tokens": 30}
+    whole = ask(server, **fields).json()["choices"][0]["message"]["content"]
+    for stop in (whole[20:23], whole[40:49], whole[3:60], whole[-1], "e", "zzz", whole + "and more"):
+        [found] = fold(stream(server, **fields, stop=["nowhere to be found", stop])).values()
+        assert found["text"] == whole.split(stop)[0], stop
+        assert found["reasons"] == ["stop" if stop in whole else "length"]
+
+
+def test_many_at_once_are_each_alone(server: LocalServer) -> None:
+    """Ten different streams in one batch: nobody gets a word of another's."""
+    async def main() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none") as client:
+            async def one(i: int) -> str:
+                chunks = await client.chat.completions.create(model="", stream=True, max_tokens=12, messages=[
+                    {"role": "user", "content": f"What is {i} plus {i}?"}])
+                return "".join([chunk.choices[0].delta.content or "" async for chunk in chunks])
+
+            return await asyncio.gather(*(one(i) for i in range(10)))
+
+    together = asyncio.run(main())
+    alone = [ask(server, messages=[{"role": "user", "content": f"What is {i} plus {i}?"}], max_tokens=12).json()
+             ["choices"][0]["message"]["content"] for i in range(10)]
+    assert together == alone
     server.assert_idle()
+
+
+async def test_openai_sdk(server: LocalServer) -> None:
+    async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
+        create = client.chat.completions.create
+        chunks = await create(model="SmolLM2-135M-Instruct", stream=True, messages=QUESTION)
+        assert "".join([chunk.choices[0].delta.content or "" async for chunk in chunks]) == PARIS
+        answer = await create(model="SmolLM2-135M-Instruct", messages=QUESTION, extra_body={"top_k": 1}, temperature=1)
+        assert answer.choices[0].message.content == PARIS
+        async with await create(model="", stream=True, messages=STORY, extra_body={"ignore_eos": True}) as chunks:
+            async for _ in chunks:
+                break  # and leave
+        with pytest.raises(openai.BadRequestError) as refused:
+            await create(model="", messages=QUESTION, response_format={"type": "json_object"})
+        assert (refused.value.param, refused.value.code) == ("response_format", "unsupported_parameter")
+        with pytest.raises(openai.NotFoundError) as unknown:
+            await create(model="nobody/nothing", messages=QUESTION)
+        assert (unknown.value.param, unknown.value.code) == ("model", "model_not_found")
+    server.assert_idle()
+
+
+def test_huggingface_hub_client(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+
+    async def main() -> str:
+        client = huggingface_hub.AsyncInferenceClient(server.url)
+        return "".join([chunk.choices[0].delta.content or ""
+                        async for chunk in await client.chat_completion(QUESTION, stream=True, max_tokens=100)])
+
+    assert asyncio.run(main()) == PARIS
+
+
+def test_the_documented_curl_body(server: LocalServer) -> None:
+    chunks = stream(server, model="SmolLM2-135M-Instruct", temperature=0.9, max_tokens=1000, stop=["\n"], messages=QUESTION)
+    assert fold(chunks)[0]["text"] and fold(chunks)[0]["reasons"][0] in ("stop", "length")
+
+
+def test_transformers_chat(server: LocalServer, tmp_path: Path) -> None:
+    """`transformers chat` on a terminal: one question, one answer, `!exit`."""
+    env = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}  # it obeys it on loopback too
+    terminal, inner = pty.openpty()
+    child = subprocess.Popen([str(Path(sys.executable).with_name("transformers")), "chat", "SmolLM2-135M-Instruct",
+                              server.url.replace("127.0.0.1", "localhost"), "do_sample=False", "max_new_tokens=20"],
+                             stdin=inner, stdout=inner, stderr=inner, cwd=tmp_path, env=env, start_new_session=True)
+    os.close(inner)
+    screen, typed = "", [(r"<\w+>:", "What is the capital of France?\r"), (r"is Paris\.[^$]*<\w+>:", "!exit\r")]
+    try:
+        deadline = time.monotonic() + 60
+        while child.poll() is None and time.monotonic() < deadline:
+            if select.select([terminal], [], [], 0.2)[0]:
+                with contextlib.suppress(OSError):  # it has left
+                    screen += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", os.read(terminal, 1 << 16).decode(errors="replace"))
+            if typed and re.search(typed[0][0], screen):
+                os.write(terminal, typed.pop(0)[1].encode())
+    finally:
+        child.kill()
+        os.close(terminal)
+    assert not typed and child.wait() == 0 and PARIS in screen, screen
+    server.assert_idle()
+
+
+def test_reasoning_and_template_defaults_of_the_server(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request's chat_template_kwargs go before the server's own, and those before --reasoning."""
+    seen = []
+    monkeypatch.setattr(server.engine.model.tokenizer, "chat_template", "{{ messages[0].content }}|{{ enable_thinking }}")
+    plain = transformers.PreTrainedTokenizerBase.apply_chat_template
+
+    def spy(self: object, *args: object, **kwargs: object) -> object:
+        seen.append(kwargs.get("enable_thinking"))
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "apply_chat_template", spy)
+    assert ask(server, max_tokens=1, chat_template_kwargs={"enable_thinking": True}).status_code == 200
+    assert ask(server, max_tokens=1).status_code == 200
+    assert seen == [True, None]
+
+
+def test_json_is_compact_and_utf8(server: LocalServer) -> None:
+    response = ask(server, max_tokens=8)
+    assert response.headers["content-type"] == "application/json" and response.content.startswith(b'{"id":"chatcmpl-')
+    assert json.loads(response.content)["object"] == "chat.completion"

@@ -2,11 +2,10 @@
 from __future__ import annotations
 
 import pytest
+import serve
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
-
-import serve
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
          "head_dim": 32, "vocab_size": 199, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1,

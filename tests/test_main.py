@@ -1,0 +1,139 @@
+"""The process: it answers while it loads, drains when told to stop, and says in one line why it cannot start."""
+import contextlib
+import json
+import re
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import serve
+from conftest import QUESTION, ServerProcess, ask, http, start_server
+
+CHAT = "/v1/chat/completions"
+
+
+@contextlib.contextmanager
+def half_a_request(server: ServerProcess) -> Iterator[tuple[socket.socket, bytes]]:
+    """A request that is being answered for as long as its client likes: the rest of its body is yet to be sent."""
+    body = json.dumps({"messages": QUESTION, "max_tokens": 5}).encode()
+    head = (f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n").encode()
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(head + body[:9])
+        time.sleep(0.3)
+        yield connection, body[9:]
+
+
+@pytest.fixture(scope="module")
+def namesake(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], Path]:
+    """An installed package that is called `kernels` like our folder, and the file that it leaves when it is imported."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "kernels").mkdir()
+    (folder / "kernels" / "__init__.py").write_text(
+        "import pathlib\n"
+        "pathlib.Path(__file__).with_name('imported').touch()\n"
+        "def __getattr__(name):\n"
+        "    if name.startswith('__'): raise AttributeError(name)\n"
+        "    return type(name, (), {'__init__': lambda self, *args, **kwargs: None, '__call__': lambda self, it: it})\n")
+    (folder / "kernels-0.18.2.dist-info").mkdir()
+    (folder / "kernels-0.18.2.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
+    return {"PYTHONPATH": str(folder)}, folder / "kernels" / "imported"
+
+
+def test_sigterm_lets_running_requests_finish_and_refuses_others(tiny: Path, tmp_path: Path, namesake: tuple) -> None:
+    """Beside a package called `kernels`, which transformers imports and we do not."""
+    env, imported = namesake
+    with start_server(tmp_path, str(tiny), "--max-running", "1", "--max-queue", "1", env=env) as server:
+        assert imported.exists() and "attention" in server.log.read_text()
+        assert ask(server, max_tokens=3).status_code == 200
+        assert ask(server, n=3).status_code in (400, 429)  # more than can ever wait
+        with half_a_request(server) as (connection, rest):
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+            for path in ("/health", "/v1/models"):
+                refused = http.get(server.url + path)
+                assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down"
+                assert int(refused.headers["retry-after"]) >= 1
+            assert ask(server).status_code == 503
+            assert server.process.poll() is None
+            connection.sendall(rest)
+            answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+        assert answer.startswith(b"HTTP/1.1 200 ") and b'"finish_reason"' in answer
+        assert server.process.wait(5) == 0
+        assert "Traceback" not in server.log.read_text()
+
+
+def test_ctrl_c_waits_no_longer_than_the_grace_period(tiny: Path, tmp_path: Path) -> None:
+    """And --force-model answers for every name."""
+    with start_server(tmp_path, "--force_model", str(tiny), "--served-model-name", "forced", "--grace-period", "1") as server:
+        assert ask(server, model="some/other", max_tokens=1).json()["model"] == "forced"
+        [entry] = http.get(server.url + "/v1/models").json()["data"]
+        assert entry["id"] == "forced" and http.get(server.url + "/v1/models/forced").json() == entry
+        assert http.get(server.url + "/v1/models/some/other").status_code == 404
+        with half_a_request(server):
+            started = time.monotonic()
+            server.process.send_signal(signal.SIGINT)
+            assert server.process.wait(10) == 0
+            assert 0.9 < time.monotonic() - started < 5
+        assert "Traceback" not in server.log.read_text()
+
+
+def test_a_second_signal_does_not_wait(tiny: Path, tmp_path: Path) -> None:
+    with start_server(tmp_path, str(tiny), "--grace-period", "60") as server, half_a_request(server):
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(Exception, match="timed out"):
+            server.process.wait(1.5)
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(5) == 0
+        assert "Traceback" not in server.log.read_text()
+
+
+def test_the_port_answers_before_the_model_is_there_and_an_unknown_model_ends_it(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # a hub that does not answer
+        env = {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_HUB_OFFLINE": "0"}
+        with start_server(tmp_path, "nobody/nothing", ready=False, env=env) as server:
+            health = http.get(server.url + "/health")
+            assert health.status_code == 503 and "loading" in health.text
+            asked = ask(server)
+            assert asked.status_code == 503 and asked.json()["error"]["code"] == "loading"
+            assert int(asked.headers["retry-after"]) >= 1
+            assert [entry["id"] for entry in http.get(server.url + "/v1/models").json()["data"]] == ["nobody/nothing"]
+            assert server.process.wait(15) not in (0, None)
+            errors = [line for line in server.log.read_text().splitlines() if not re.match(r"I \d", line)]
+            assert len(errors) == 1 and "nobody/nothing" in errors[0]
+
+
+def test_a_corrupt_checkpoint_ends_it_in_one_line(tiny: Path, tmp_path: Path) -> None:
+    weights = shutil.copytree(tiny, tmp_path / "corrupt") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with start_server(tmp_path, str(weights.parent), ready=False) as server:
+        assert server.process.wait(30) == 2
+        errors = [line for line in server.log.read_text().splitlines() if not re.match(r"I \d", line)]
+        assert len(errors) == 1 and "corrupt" in errors[0], errors
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--port", "99999"], ["--port", "-1"], ["--host", "nowhere.invalid"], ["--host", "192.0.2.1"],
+    ["--device", "nonsense"]], ids=str)
+def test_what_can_be_known_before_it_starts(arguments: list[str], capfd: pytest.CaptureFixture) -> None:
+    assert exit_code(arguments) == 2
+    assert len(capfd.readouterr().err.splitlines()) == 1
+
+
+def test_a_port_in_use(capfd: pytest.CaptureFixture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert exit_code(["--port", str(taken.getsockname()[1])]) == 2
+    [line] = capfd.readouterr().err.splitlines()
+    assert "in use" in line
+
+
+def exit_code(arguments: list[str]) -> int:
+    try:
+        return serve.main(arguments)
+    except SystemExit as exit:
+        return exit.code

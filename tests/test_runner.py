@@ -1,0 +1,203 @@
+"""Runners against `model.generate` in float32: the same tokens, and the same log-probabilities, on real model classes."""
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import serve
+import torch
+import transformers
+from conftest import collect, running
+
+VOCAB, LENGTH = 1000, 8
+PROMPT_LENGTHS = (23, 5, 12, 1)  # longer than a window, than a step's budget and than a block; and a single token
+IDS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+LLAMA = IDS | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+               "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.2, "tie_word_embeddings": False}
+GPT2 = IDS | {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.2}
+MAMBA = IDS | {"hidden_size": 64, "state_size": 8, "num_hidden_layers": 2, "initializer_range": 0.2}
+BART = IDS | {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96,
+              "encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 128, "init_std": 0.2,
+              "forced_eos_token_id": None, "decoder_start_token_id": 1}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
+WINDOW = {"sliding_window": 8, "head_dim": 16}
+
+PAGED = {
+    "Qwen2": LLAMA,  # biases
+    "Qwen3": LLAMA | {"head_dim": 16},  # norms of queries and keys
+    "Mistral": LLAMA | {"sliding_window": 8},
+    "Gemma2": LLAMA | WINDOW | {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 10.0},
+    "Gemma3Text": LLAMA | WINDOW | {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention",
+                                                                            "sliding_attention"]},
+    "GptOss": LLAMA | WINDOW | {"num_local_experts": 4, "num_experts_per_tok": 2},  # sinks
+    "Mixtral": LLAMA | {"num_local_experts": 4},
+    "Qwen3Moe": LLAMA | EXPERTS | {"num_experts": 4, "head_dim": 16},
+    "DeepseekV3": LLAMA | EXPERTS | {"num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+                                     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16,
+                                     "v_head_dim": 16, "first_k_dense_replace": 1},  # values narrower than keys
+    "Phi": LLAMA,
+    "GPT2": GPT2,
+    "OPT": IDS | {"hidden_size": 64, "num_hidden_layers": 2, "ffn_dim": 96, "num_attention_heads": 4, "init_std": 0.2,
+                  "max_position_embeddings": 128, "word_embed_proj_dim": 64},
+    "GPTNeoX": LLAMA,
+}
+SEQUENTIAL = {
+    "Mamba": MAMBA,
+    "Mamba2": MAMBA | {"num_heads": 8, "head_dim": 16, "n_groups": 2, "chunk_size": 8},
+    "Rwkv": IDS | {"hidden_size": 64, "num_hidden_layers": 2, "context_length": 128},
+    "Falcon": IDS | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True,
+                     "initializer_range": 0.2},
+    "Bloom": IDS | {"hidden_size": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.2},
+    "Mpt": IDS | {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128, "expansion_ratio": 2,
+                  "initializer_range": 0.2},
+    "GPTJ": GPT2 | {"rotary_dim": 8},
+    "GPTNeo": IDS | {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]],
+                     "window_size": 8, "max_position_embeddings": 128, "initializer_range": 0.2},
+    "Llama4Text": LLAMA | {"head_dim": 16, "num_local_experts": 2, "attention_chunk_size": 8, "intermediate_size_mlp": 96},
+    "T5": IDS | {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
+    "Bart": BART,
+    "Jamba": LLAMA | {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+                      "num_experts": 2, "num_experts_per_tok": 1, "mamba_d_state": 8, "mamba_dt_rank": 8},
+    "Qwen3Next": LLAMA | EXPERTS | {"head_dim": 16, "layer_types": ["linear_attention", "full_attention"], "num_experts": 4,
+                                    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16,
+                                    "linear_value_head_dim": 16, "shared_expert_intermediate_size": 48},
+    "Lfm2": LLAMA | {"layer_types": ["conv", "full_attention"]},
+}
+REFUSED = {"RecurrentGemma": LLAMA | {"num_hidden_layers": 3, "lru_width": 64, "attention_window_size": 64}}
+
+
+def random_checkpoint(name: str, folder: Path, tokenizer: Path) -> Path:
+    """Save a small model of a real class: its weights are random, and large enough for each token to matter."""
+    torch.manual_seed(0)
+    config = getattr(transformers, name + "Config")(**{**PAGED, **SEQUENTIAL, **REFUSED}[name])
+    auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    auto.from_config(config).save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer / file, folder)
+    return folder
+
+
+def load(folder: Path, **settings: object) -> serve.Runner:
+    config = serve.Config(device="cpu", dtype="float32", **{"block_size": 4, "kv_cache_memory": 4 << 20, **settings})
+    model = serve.load_model("random", serve.Checkpoint(str(folder)), config, False, lambda stage: None)
+    kernel, _ = serve.choose_attention(config.attention, model.device)
+    return serve.make_runner(model, kernel, config)[0]
+
+
+def generate(network: transformers.PreTrainedModel, prompt: list[int], length: int) -> tuple[list[int], list[float]]:
+    """Return what `model.generate` answers, and the log-probabilities of its tokens."""
+    ids = torch.tensor([prompt])
+    out = network.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, do_sample=False, eos_token_id=None,
+                           pad_token_id=0, return_dict_in_generate=True, output_logits=True)
+    answer = out.sequences[0, -len(out.logits):].tolist()
+    return answer, [logits[0].log_softmax(-1)[id].item() for logits, id in zip(out.logits, answer)]
+
+
+def random_prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
+
+
+async def answers(runner: serve.Runner, prompts: list[list[int]], length: int, **engine: int) -> list[list[serve.Token]]:
+    async with running(runner, **engine) as batch:
+        sampling = serve.SamplingParams(max_tokens=length, logprobs=0)
+        return await collect(batch.submit([serve.Prompt(ids) for ids in prompts], sampling))
+
+
+@pytest.mark.parametrize("name", [*PAGED, *SEQUENTIAL])
+async def test_random_weights(name: str, checkpoint: Path, tmp_path: Path) -> None:
+    folder = random_checkpoint(name, tmp_path, checkpoint)
+    runner = load(folder)
+    assert isinstance(runner, serve.PagedRunner if name in PAGED else serve.SequentialRunner)
+    encodes = runner.model.network.config.is_encoder_decoder
+    reference = transformers.AutoModelForSeq2SeqLM if encodes else transformers.AutoModelForCausalLM
+    reference = reference.from_pretrained(folder, dtype=torch.float32)
+    prompts = random_prompts()
+    got = await answers(runner, prompts, LENGTH, max_batch_tokens=7)
+    for prompt, tokens in zip(prompts, got):
+        ids, logprobs = generate(reference, prompt, LENGTH)
+        assert [token.id for token in tokens] == ids
+        assert [token.logprob for token in tokens] == pytest.approx(logprobs, abs=1e-4)
+
+
+def test_state_in_modules_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    """Served, one client's prompt would be in another's answer."""
+    with pytest.raises(serve.APIError, match="not kept apart"):
+        load(random_checkpoint("RecurrentGemma", tmp_path, checkpoint))
+
+
+@pytest.mark.parametrize("name", ["Mamba2", "Bart", "Falcon"])
+async def test_preempted_without_paging(name: str, checkpoint: Path, tmp_path: Path) -> None:
+    runner = load(random_checkpoint(name, tmp_path, checkpoint))
+    prompts = random_prompts()[1:3]
+    alone = [await answers(runner, [prompt], LENGTH) for prompt in prompts]
+    blocks = 1 + sum(-(-len(prompt) // 8) for prompt in prompts)  # each prompt fits, both answers do not
+    together = await answers(runner, prompts, LENGTH, num_blocks=blocks)
+    assert [[token.id for token in tokens] for tokens in together] == [[token.id for token in tokens] for tokens, in alone]
+
+
+async def test_the_built_in_model(exact: serve.Runner, checkpoint: Path) -> None:
+    reference = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    texts = ["The capital of France is", "def fibonacci(n):\n", "Once upon a time, in a land far away, there lived a king who "
+             "had three daughters, and the youngest of them was so fair that the sun itself", "1, 2, 3, 4,"]
+    prompts = [exact.model.tokenizer(text)["input_ids"] for text in texts]
+    got = await answers(exact, prompts, 12, max_batch_tokens=9)
+    for prompt, tokens in zip(prompts, got):
+        ids, logprobs = generate(reference, prompt, 12)
+        assert [token.id for token in tokens] == ids
+        assert [token.logprob for token in tokens] == pytest.approx(logprobs, abs=1e-3)
+
+
+@pytest.mark.parametrize("settings", [{"attn_implementation": "eager"}, {"attn_implementation": "sdpa"}, {"block_size": 1},
+                                      {"block_size": 256}], ids=str)
+async def test_settings_change_no_token(settings: dict, checkpoint: Path, tmp_path: Path) -> None:
+    folder = random_checkpoint("Gemma2", tmp_path, checkpoint)
+    runner, reference = load(folder, **settings), transformers.AutoModelForCausalLM.from_pretrained(folder)
+    prompts = random_prompts()
+    got = await answers(runner, prompts, LENGTH, max_batch_tokens=7)
+    assert [[token.id for token in tokens] for tokens in got] == [generate(reference, prompt, LENGTH)[0] for prompt in prompts]
+
+
+def test_a_wrong_kernel_does_not_pass_the_self_test(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def skewed(q: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+        return serve.attention.paged_attention_eager(q, *args, **options) * 1.05
+
+    folder = random_checkpoint("Qwen2", tmp_path, checkpoint)
+    monkeypatch.setattr(serve, "choose_attention", lambda *_: (skewed, "skewed"))
+    assert isinstance(load(folder), serve.SequentialRunner)
+
+
+@pytest.mark.parametrize("kind, problem", [("flash", "flash"), ("triton", "CUDA")])
+def test_attention_that_cannot_run_here(kind: str, problem: str) -> None:
+    with pytest.raises(serve.APIError, match=problem):
+        serve.choose_attention(kind, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("setting, free, expected", [
+    (None, 4 * serve.GIB, int(1.6 * serve.GIB)), (None, 64 * serve.GIB, 4 * serve.GIB), (0.5, 4 * serve.GIB, 2 * serve.GIB),
+    (1.0, 100, 100), (2.0**20, 1, 2**20)])
+def test_cache_bytes(setting: float | None, free: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "available_memory", lambda device: free)
+    assert serve.cache_bytes(serve.Config(kv_cache_memory=setting), torch.device("cpu")) == expected
+
+
+def test_the_cache_has_the_size_that_was_asked_for(tiny: Path) -> None:
+    runner = load(tiny, kv_cache_memory=1 << 16)
+    assert sum(cache.nbytes for pair in runner.caches.values() for cache in pair) == runner.num_blocks * runner.block_bytes
+    assert runner.block_bytes == 2 * 2 * 4 * 2 * 8 * 4  # layers, keys and values, tokens, heads, dimensions, bytes
+    assert runner.num_blocks == (1 << 16) // runner.block_bytes
+
+
+def test_a_batch_as_tensors() -> None:
+    make = partial(serve.Sequence, sampling=serve.SamplingParams(), seed=0, salt=b"", stream=None, index=0)
+    chunk = make([10, 11, 12, 13, 14], 5, num_computed_tokens=1, block_table=[4, 2, 7])
+    decode = make([20, 21, 22], 2, num_computed_tokens=2, block_table=[5, 1])
+    batch = serve.ragged({decode: 1, chunk: 3}, 2, torch.device("cpu"))
+    assert batch.input_ids.tolist() == [[22, 11, 12, 13]]
+    assert batch.positions.tolist() == [[2, 1, 2, 3]]
+    assert batch.slot_mapping.tolist() == [1 * 2 + 0, 4 * 2 + 1, 2 * 2 + 0, 2 * 2 + 1]
+    assert batch.block_tables.tolist() == [[5, 1, 0], [4, 2, 7]]
+    assert batch.cu_seqlens_q.tolist() == [0, 1, 4]
+    assert batch.seq_lens.tolist() == [3, 4]
+    assert batch.logits_rows.tolist() == [0]
+    assert serve.sampled({decode: 1, chunk: 3}) == [decode]
