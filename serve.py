@@ -1245,6 +1245,19 @@ class EngineThread:
         return await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
 
 
+def on_its_own_thread(function: Callable[[], Any]) -> Any:
+    """Run a function on a thread that ends with it, and return what it returns.
+
+    So its OpenMP team ends too: while there are more threads in all teams than cores, libgomp hardly spins, and a step of
+    one sequence takes twice as long.
+    """
+    results: list[outcome.Outcome] = []
+    thread = threading.Thread(target=lambda: results.append(outcome.capture(function)), daemon=True)
+    thread.start()
+    thread.join()
+    return results[0].unwrap()
+
+
 class TokenStream:
     """The answers to one request, as they are computed.
 
@@ -1529,7 +1542,8 @@ class ModelPool:
             async with self.loading:
                 await self.make_room(checkpoint)
                 log.info("loading %s", loaded.name)
-                loaded.engine = await trio.to_thread.run_sync(self.build, loaded, checkpoint, abandon_on_cancel=True)
+                build = functools.partial(self.build, loaded, checkpoint)
+                loaded.engine = await trio.to_thread.run_sync(on_its_own_thread, build, abandon_on_cancel=True)
             log.info("%s is ready after %.1f s", loaded.name, time.monotonic() - started)
         except APIError as error:
             loaded.error = error
