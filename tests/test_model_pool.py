@@ -19,7 +19,7 @@ GREEDY = serve.SamplingParams(max_tokens=3)
 @contextlib.asynccontextmanager
 async def pool(*models: Path | str, **settings: object) -> AsyncIterator[serve.ModelPool]:
     """A started pool in a nursery of its own."""
-    settings = {"device": "cpu", "dtype": "float32", "kv_cache_memory": 1 << 20, "models": tuple(map(str, models)), **settings}
+    settings = {"device": "cpu", "dtype": "float32", "kv_cache_memory": 64 << 20, "models": tuple(map(str, models)), **settings}
     async with trio.open_nursery() as nursery:
         models = serve.ModelPool(serve.Config(**settings), nursery)
         await models.start()

@@ -32,7 +32,7 @@ def config(**fields: object) -> dict:
     ({"temperature": 0.3, "top_k": -1, "top_p": 1.0}, {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95},
      {"temperature": 0.3, "top_k": 0, "top_p": 1.0}),
     ({"temperature": None, "top_p": None, "n": None, "stop": None, "seed": None, "max_tokens": None}, {}, {"temperature": 0.0}),
-    ({"temperature": 1e-30}, {}, {"temperature": 0.0}),
+    ({"temperature": 1e-30}, {}, {"temperature": 1e-30}),  # sampling itself takes it for greedy
     (config(do_sample=False, temperature=0.7), {"do_sample": True}, {"temperature": 0.0}),
     (config(do_sample=True, temperature=0.7, top_k=5), {}, {"temperature": 0.7, "top_k": 5}),
     (config(do_sample=True, max_new_tokens=256), {}, {"temperature": 1.0, "top_k": 50, "max_tokens": 256}),  # transformers chat

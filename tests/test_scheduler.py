@@ -1,9 +1,17 @@
 """The scheduler against a cache of tokens: whatever happens, a sequence reads back its own tokens through its block table."""
 import random
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import serve
+
+
+def end(scheduler: serve.Scheduler, which: Callable[[serve.Sequence], bool]) -> None:
+    """End some sequences, as if a stop string had been found, and let the scheduler drop them."""
+    for seq in filter(which, [*scheduler.running, *scheduler.waiting]):
+        seq.finish_reason = "stop"
+    scheduler.drop_ended()
 
 
 class Stream:
@@ -94,8 +102,8 @@ def test_random_lives(seed: int, paged: bool) -> None:
                 seq.stream.closed = True
             if len(seq.token_ids) >= longest + 1 or seq.num_generated_tokens and rng.random() < 0.1:
                 seq.finish_reason = "length"
-        world.scheduler.drop(lambda seq: seq.abandoned)
-        alive = [seq for seq in alive if not seq.abandoned]
+        world.scheduler.drop_ended()
+        alive = [seq for seq in alive if not seq.ended]
         world.check()
         assert set(alive) == {*world.scheduler.waiting, *world.scheduler.running}
         batch = world.step(lambda seq: rng.randrange(2))
@@ -154,7 +162,7 @@ def test_at_least_one_token_is_left_to_compute(length: int, cached: int) -> None
     one, two = sequence(list(range(length))), sequence(list(range(length)))
     world.add(one)
     world.step()
-    world.scheduler.drop(lambda seq: True)
+    end(world.scheduler, lambda seq: True)
     world.add(two)
     assert world.step()[two] == length - cached
     assert two.num_cached_tokens == cached
@@ -169,7 +177,7 @@ def test_the_youngest_is_preempted_and_comes_back_first() -> None:
     assert world.step() == {old: 1}  # takes the fifth; young has none left and makes way
     assert list(world.scheduler.waiting) == [young, waiting]
     assert young.generated == [0] and young.num_computed_tokens == 0
-    world.scheduler.drop(lambda seq: seq is old)
+    end(world.scheduler, lambda seq: seq is old)
     batch = world.step()
     assert list(batch)[:2] == [young, waiting] and young.generated == [0, 0]
     assert young.num_cached_tokens == 0  # what it found at its first admission, not now
@@ -205,7 +213,7 @@ def test_dropped_while_waiting_and_running() -> None:
     world.add(running, waiting, kept)
     world.step()
     running.cache = object()
-    world.scheduler.drop(lambda seq: seq is not kept)
+    end(world.scheduler, lambda seq: seq is not kept)
     assert running.cache is None and running.block_table == []
     world.check()
     assert list(world.step()) == [kept]
@@ -218,7 +226,7 @@ def test_a_prompt_in_chunks_and_its_answer_are_found_again() -> None:
     for _ in range(6):
         world.step(lambda seq: 7)
     assert one.num_generated_tokens == 4
-    world.scheduler.drop(lambda seq: True)
+    end(world.scheduler, lambda seq: True)
     two = sequence([*one.token_ids, 1])
     world.add(two)
     world.step()

@@ -22,11 +22,11 @@ def test_prompt_and_answer() -> None:
 
 @pytest.mark.parametrize("leave", [lambda seq: setattr(seq, "finish_reason", "stop"),
                                    lambda seq: setattr(seq.stream, "closed", True)], ids=["finished", "closed"])
-def test_abandoned(leave) -> None:
+def test_ended(leave) -> None:
     seq = sequence([1])
-    assert not seq.abandoned
+    assert not seq.ended
     leave(seq)
-    assert seq.abandoned
+    assert seq.ended
 
 
 def test_block_hashes_chain_over_everything_before() -> None:
