@@ -1053,19 +1053,36 @@ def advance(runner: PagedRunner, batch: Batch) -> Tensor:
 # structure, and only if the fused layer gives what the original gives.
 
 
-class PatchedLayer(torch.nn.Module):
-    """Stands where a decoder layer stood, and runs the fused one over the step's batch."""
+class PatchedLayers(torch.nn.Module):
+    """Stands where the first of a run of decoder layers stood, and runs all their fused twins on the step's batch at once."""
 
-    def __init__(self, fused: decoder_layer_cpu.FusedLayer, layer: int, options: dict[str, Any], returns_tuple: bool) -> None:
+    def __init__(self, fused: list[decoder_layer_cpu.FusedLayer], layers: list[int], returns_tuple: bool) -> None:
         super().__init__()
-        self.fused, self.layer, self.options, self.returns_tuple = fused, layer, options, returns_tuple
+        self.fused, self.layers, self.returns_tuple = decoder_layer_cpu.FusedLayers(fused), layers, returns_tuple
+        self.caches: dict[int, tuple[Tensor, Tensor]] | None = None  # those that the layers are bound to
 
     def forward(self, hidden_states: Tensor, *_: Any, position_embeddings: tuple[Tensor, Tensor], **__: Any) -> Any:
         """hidden_states [1, tokens, hidden]; position_embeddings: cos and sin [1, tokens, rotary_dim]."""
-        batch, (cos, sin) = _step.runner.batch, position_embeddings
-        out = self.fused(hidden_states[0], cos[0], sin[0], *_step.runner.caches[self.layer], batch.slot_mapping,
-                         batch.block_tables, batch.cu_seqlens_q, batch.seq_lens, **self.options).unsqueeze(0)
+        runner, (cos, sin) = _step.runner, position_embeddings
+        if self.caches is not runner.caches:
+            self.caches = runner.caches
+            for fused, layer in zip(self.fused.layers, self.layers):
+                fused.bind(*self.caches[layer], **runner.options[layer])
+        batch = runner.batch
+        out = self.fused(hidden_states[0], cos[0], sin[0], batch.slot_mapping, batch.block_tables, batch.cu_seqlens_q,
+                         batch.seq_lens).unsqueeze(0)
         return (out,) if self.returns_tuple else out
+
+
+class PassedLayer(torch.nn.Module):
+    """Stands where the others of the run stood: their work is done."""
+
+    def __init__(self, returns_tuple: bool) -> None:
+        super().__init__()
+        self.returns_tuple = returns_tuple
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        return (hidden_states,) if self.returns_tuple else hidden_states
 
 
 def fuse_layers(runner: PagedRunner) -> None:
@@ -1075,14 +1092,14 @@ def fuse_layers(runner: PagedRunner) -> None:
     prompt, one, two = scratch_sequences(runner, 40, 21, 8)
     advance(runner, {one: 20, two: 7})
     decodes = {one: 1, two: 1}
-    replacements: dict[torch.nn.Module, PatchedLayer] = {}
+    replacements: dict[torch.nn.Module, PatchedLayers] = {}
     left: Counter[str] = Counter()
 
     def try_layer(layer: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         problem = decoder_layer_cpu.unsupported(layer)
         if problem is None:
-            index = layer.self_attn.layer_idx
-            patch = PatchedLayer(decoder_layer_cpu.FusedLayer(layer), index, runner.options[index], isinstance(output, tuple))
+            fused = decoder_layer_cpu.FusedLayer(layer)
+            patch = PatchedLayers([fused], [layer.self_attn.layer_idx], isinstance(output, tuple))
             problem = disagreement(runner, layer, patch, decodes, args, kwargs)
         if problem is None:
             replacements[layer] = patch
@@ -1096,12 +1113,14 @@ def fuse_layers(runner: PagedRunner) -> None:
     runner.forward({prompt: 40, **decodes})
     for hook in hooks:
         hook.remove()
-    replace_modules(runner.model.network, replacements)
+    for parent in list(runner.model.network.modules()):
+        if isinstance(parent, torch.nn.ModuleList):
+            patch_list(parent, replacements)
     reasons = "".join(f", {count} left ({why})" for why, count in left.items())
     log.info("%s: %d layers fused%s", runner.model.id, len(replacements), reasons)
 
 
-def disagreement(runner: PagedRunner, layer: torch.nn.Module, patch: PatchedLayer, decodes: Batch, args: tuple,
+def disagreement(runner: PagedRunner, layer: torch.nn.Module, patch: PatchedLayers, decodes: Batch, args: tuple,
                  kwargs: dict[str, Any]) -> str | None:
     """Return how a patch differs from its layer, on the batch it was just called with and on its decodes alone, or None."""
     whole, tokens = runner.batch, runner.batch.slot_mapping.numel()
@@ -1129,11 +1148,23 @@ def disagreement(runner: PagedRunner, layer: torch.nn.Module, patch: PatchedLaye
     return None
 
 
-def replace_modules(network: torch.nn.Module, replacements: dict[torch.nn.Module, torch.nn.Module]) -> None:
-    for parent in list(network.modules()):
-        for name, child in list(parent.named_children()):
-            if child in replacements:
-                setattr(parent, name, replacements[child])
+def patch_list(layers: torch.nn.ModuleList, replacements: dict[torch.nn.Module, PatchedLayers]) -> None:
+    """Put the patches in place, those that follow each other and have one shape as one."""
+    originals = list(layers)
+    for (_, passes), run in itertools.groupby(range(len(originals)), lambda i: run_key(replacements.get(originals[i]))):
+        if passes is None:
+            continue
+        first, *others = run
+        patches = [replacements[originals[i]] for i in (first, *others)]
+        fused, indices = [patch.fused.layers[0] for patch in patches], [patch.layers[0] for patch in patches]
+        layers[first] = PatchedLayers(fused, indices, passes)
+        for i in others:
+            layers[i] = PassedLayer(passes)
+
+
+def run_key(patch: PatchedLayers | None) -> tuple[tuple[int, ...] | None, bool | None]:
+    """Return what the layers of a run have in common: their shape and what they return."""
+    return (None, None) if patch is None else (patch.fused.layers[0].shape, patch.returns_tuple)
 
 
 @torch.inference_mode()
@@ -1647,7 +1678,7 @@ class ModelPool:
         if lookup.cancelled_caught:
             raise unknown_model(loaded.name)
         try:
-            return await trio.to_thread.run_sync(place, abandon_on_cancel=True)
+            return await trio.to_thread.run_sync(on_its_own_thread, place, abandon_on_cancel=True)
         except APIError:
             raise
         except Exception as error:  # whatever a failing hub makes of a download

@@ -1,4 +1,4 @@
-// One decoder layer in one call and one parallel region: see decoder_layer_cpu.py for the equation and the caller.
+// A run of decoder layers in one call and one parallel region: see decoder_layer_cpu.py for the equation and the caller.
 //
 // Every phase reads what the one before it wrote, so a barrier stands between them. Intermediate results are rounded to
 // bfloat16 where the transformers model rounds them. Sums over a row's inputs are one chain per output, in the order of
@@ -197,15 +197,31 @@ static void bind(DecoderLayer& layer, Workspace& w) {
   a.q_head = a.k_head = a.v_head = a.head_dim;
 }
 
-extern "C" void decoder_layer(const DecoderLayer* call, int threads) {
+// Gives a layer the first one's batch; its input is what the layer before it wrote, in place.
+static void follow(DecoderLayer& layer, const DecoderLayer& first) {
+  Attention<bf16>& a = layer.attention;
+  a.slot_mapping = first.attention.slot_mapping;
+  a.block_tables = first.attention.block_tables;
+  a.cu_seqlens_q = first.attention.cu_seqlens_q;
+  a.seq_lens = first.attention.seq_lens;
+  a.sequences = first.attention.sequences;
+  a.max_blocks = first.attention.max_blocks;
+  layer.x = layer.out = first.out;
+  layer.cos = first.cos, layer.sin = first.sin, layer.rotary_dim = first.rotary_dim;
+}
+
+// Runs layers of one shape, the output of each being the next one's input. The batch is described in the first alone.
+extern "C" void decoder_layers(DecoderLayer* const* layers, int count, int threads) {
   static thread_local Workspace workspace;
   Workspace& shared = workspace;  // the caller's, for every thread of the region
-  DecoderLayer layer = *call;
-  shared.grow(layer);
-  bind(layer, shared);
-  const std::vector<int> first_item = list_items(layer.attention);
+  shared.grow(*layers[0]);
+  for (int i = 0; i < count; i++) {
+    if (i > 0) follow(*layers[i], *layers[0]);
+    bind(*layers[i], shared);
+  }
+  const std::vector<int> first_item = list_items(layers[0]->attention);
 #pragma omp parallel num_threads(threads)
-  run_layer(layer, shared, first_item);
+  for (int i = 0; i < count; i++) run_layer(*layers[i], shared, first_item);
 }
 
 // Packs weight [outputs, inputs] into panels.

@@ -1,4 +1,4 @@
-"""A whole Llama-shaped decoder layer in one C++ call, in bfloat16: what is left of a step at small batches is dispatch.
+"""A run of Llama-shaped decoder layers in one C++ call, in bfloat16: what is left of a step at small batches is dispatch.
 
     h   = norm(x)                                        norm: x / rms(x) * weight, or * (1 + weight) as Gemma has it
     q, k, v = h W_qkv (+ bias)                           each head of q and k normed where the model does
@@ -18,6 +18,7 @@ import ctypes
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,9 +65,9 @@ class DecoderLayer(ctypes.Structure):
 def _library(*flags: str) -> ctypes.CDLL:
     """Return the compiled kernel. Raises CompileError."""
     library = load(SOURCE, *flags)
-    library.decoder_layer.argtypes = ctypes.POINTER(DecoderLayer), ctypes.c_int
+    library.decoder_layers.argtypes = ctypes.POINTER(ctypes.POINTER(DecoderLayer)), ctypes.c_int, ctypes.c_int
     library.pack_panels.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int
-    library.decoder_layer.restype = library.pack_panels.restype = None
+    library.decoder_layers.restype = library.pack_panels.restype = None
     return library
 
 
@@ -81,17 +82,17 @@ def unavailable() -> str | None:
 
 
 class FusedLayer(nn.Module):
-    """A decoder layer's packed weights, and the call that runs them. Holds nothing of the original layer."""
+    """A decoder layer's packed weights. Holds nothing of the original layer."""
 
     def __init__(self, layer: nn.Module, *flags: str) -> None:
         """Pack a layer for which `unsupported` returned None."""
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
         self.head_dim, self.hidden = attention.head_dim, attention.q_proj.in_features
-        self._run, self._pack = _library(*flags).decoder_layer, _library(*flags).pack_panels
+        self.run, self._pack = _library(*flags).decoder_layers, _library(*flags).pack_panels
         self._alive: list[Tensor] = []  # what the pointers below point at
         gate_up = torch.stack([p.weight.unflatten(0, (-1, PANEL // 2)) for p in (mlp.gate_proj, mlp.up_proj)], 1)
-        self._call = DecoderLayer(
+        self.call = DecoderLayer(
             qkv=self._linear(attention.q_proj, attention.k_proj, attention.v_proj),
             o=self._linear(attention.o_proj),
             gate_up=self._panels(gate_up.flatten(0, 2), None),
@@ -102,37 +103,37 @@ class FusedLayer(nn.Module):
             k_norm=self._norm(getattr(attention, "k_norm", None)),
             gelu=_activation(mlp.act_fn) == "gelu",
         )
-        self._call.attention.heads = attention.q_proj.out_features // self.head_dim
-        self._call.attention.kv_heads = attention.k_proj.out_features // self.head_dim
-        self._call.attention.head_dim = self.head_dim
+        self.call.attention.heads = attention.q_proj.out_features // self.head_dim
+        self.call.attention.kv_heads = attention.k_proj.out_features // self.head_dim
+        self.call.attention.head_dim = self.head_dim
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What layers must have in common to be run together."""
+        attention = self.call.attention
+        return self.hidden, self.call.down.inputs, attention.heads, attention.kv_heads, self.head_dim
+
+    def bind(
+        self, k_cache: Tensor, v_cache: Tensor, *, scale: float, window: int = 0, softcap: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> None:
+        """Set what does not change from step to step: the caches [blocks, block_size, kv_heads, head_dim], the options."""
+        assert k_cache.dtype == v_cache.dtype == torch.bfloat16 and k_cache.shape[1] % 16 == 0
+        assert k_cache.is_contiguous() and v_cache.is_contiguous()
+        sinks = None if sinks is None else sinks.float().contiguous()
+        self._bound, attention = (k_cache, v_cache, sinks), self.call.attention
+        attention.k_cache, attention.v_cache = k_cache.data_ptr(), v_cache.data_ptr()
+        attention.sinks = None if sinks is None else sinks.data_ptr()
+        attention.block_size, attention.window = k_cache.shape[1], window
+        attention.scale, attention.softcap = scale, softcap
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor,
-        block_tables: Tensor, cu_seqlens_q: Tensor, seq_lens: Tensor, *, scale: float, window: int = 0,
-        softcap: float = 0.0, sinks: Tensor | None = None,
+        block_tables: Tensor, cu_seqlens_q: Tensor, seq_lens: Tensor, **options: Any,
     ) -> Tensor:
-        """Run the layer on x [tokens, hidden], writing its keys and values into the caches."""
-        assert x.dtype == cos.dtype == sin.dtype == k_cache.dtype == v_cache.dtype == torch.bfloat16
-        assert cos.shape == sin.shape == (x.shape[0], cos.shape[1])
-        assert cos.shape[1] % PANEL == 0 and cos.shape[1] <= self.head_dim
-        assert slot_mapping.dtype == torch.int64 and k_cache.shape[1] % 16 == 0
-        assert block_tables.dtype == cu_seqlens_q.dtype == seq_lens.dtype == torch.int32
-        assert block_tables.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous()
-        x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
-        out = torch.empty_like(x)
-        sinks = None if sinks is None else sinks.float().contiguous()
-        call, attention = self._call, self._call.attention
-        call.x, call.out, call.cos, call.sin = x.data_ptr(), out.data_ptr(), cos.data_ptr(), sin.data_ptr()
-        call.rotary_dim = cos.shape[1]
-        attention.k_cache, attention.v_cache = k_cache.data_ptr(), v_cache.data_ptr()
-        attention.slot_mapping, attention.block_tables = slot_mapping.data_ptr(), block_tables.data_ptr()
-        attention.cu_seqlens_q, attention.seq_lens = cu_seqlens_q.data_ptr(), seq_lens.data_ptr()
-        attention.sinks = None if sinks is None else sinks.data_ptr()
-        attention.sequences, attention.max_blocks = block_tables.shape
-        attention.block_size, attention.window = k_cache.shape[1], window
-        attention.scale, attention.softcap = scale, softcap
-        self._run(call, torch.get_num_threads())
-        return out
+        """Run this layer alone on x [tokens, hidden], writing its keys and values into the caches."""
+        self.bind(k_cache, v_cache, **options)
+        return FusedLayers([self])(x, cos, sin, slot_mapping, block_tables, cu_seqlens_q, seq_lens)
 
     def _linear(self, *projections: nn.Linear) -> Linear:
         """Pack projections of one input side by side, as one."""
@@ -154,6 +155,36 @@ class FusedLayer(nn.Module):
     def _keep(self, tensor: Tensor) -> Tensor:
         self._alive.append(tensor.detach().contiguous())
         return self._alive[-1]
+
+
+class FusedLayers(nn.Module):
+    """Bound layers of one shape, each the next one's input, in one call."""
+
+    def __init__(self, layers: list[FusedLayer]) -> None:
+        super().__init__()
+        assert len({layer.shape for layer in layers}) == 1
+        self.layers = nn.ModuleList(layers)
+        self._pointers = (ctypes.POINTER(DecoderLayer) * len(layers))(*(ctypes.pointer(layer.call) for layer in layers))
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, slot_mapping: Tensor, block_tables: Tensor, cu_seqlens_q: Tensor,
+        seq_lens: Tensor,
+    ) -> Tensor:
+        """Return what the last layer makes of x [tokens, hidden]."""
+        first = self.layers[0]
+        assert x.dtype == cos.dtype == sin.dtype == torch.bfloat16 and cos.shape == sin.shape == (x.shape[0], cos.shape[1])
+        assert cos.shape[1] % PANEL == 0 and cos.shape[1] <= first.head_dim and slot_mapping.dtype == torch.int64
+        assert block_tables.dtype == cu_seqlens_q.dtype == seq_lens.dtype == torch.int32 and block_tables.is_contiguous()
+        x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+        out = torch.empty_like(x)
+        call, attention = first.call, first.call.attention  # the other layers follow the first
+        call.x, call.out, call.cos, call.sin = x.data_ptr(), out.data_ptr(), cos.data_ptr(), sin.data_ptr()
+        call.rotary_dim = cos.shape[1]
+        attention.slot_mapping, attention.block_tables = slot_mapping.data_ptr(), block_tables.data_ptr()
+        attention.cu_seqlens_q, attention.seq_lens = cu_seqlens_q.data_ptr(), seq_lens.data_ptr()
+        attention.sequences, attention.max_blocks = block_tables.shape
+        first.run(self._pointers, len(self.layers), torch.get_num_threads())
+        return out
 
 
 # ── What the kernel takes ─────────────────────────────────────────────────────────────────────
@@ -234,10 +265,12 @@ def benchmark(queries: int, sequences: int, length: int, layers: int = 30) -> No
     bounds, lengths = torch.arange(sequences + 1).int() * queries, torch.full((sequences,), length).int()
     x, rope = torch.randn(tokens, 576).bfloat16(), torch.randn(2, tokens, 64).bfloat16()
 
+    for layer, (k_cache, v_cache) in zip(fused, caches):
+        layer.bind(k_cache, v_cache, scale=0.125)
+    stack = FusedLayers(fused)
+
     def run_fused() -> None:
-        hidden = x
-        for layer, (k_cache, v_cache) in zip(fused, caches):
-            hidden = layer(hidden, *rope, k_cache, v_cache, slots, tables, bounds, lengths, scale=0.125)
+        stack(x, *rope, slots, tables, bounds, lengths)
 
     def run_original() -> None:
         hidden = x[None]

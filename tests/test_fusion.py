@@ -40,7 +40,7 @@ def make_runner(architecture: str, extra: dict) -> serve.PagedRunner:
 
 
 def fused_layers(runner: serve.PagedRunner) -> int:
-    return sum(isinstance(module, serve.PatchedLayer) for module in runner.model.network.modules())
+    return sum(len(module.layers) for module in runner.model.network.modules() if isinstance(module, serve.PatchedLayers))
 
 
 def logits(runner: serve.PagedRunner) -> torch.Tensor:
@@ -65,8 +65,8 @@ def test_fuses_what_agrees(architecture: str, extra: dict, count: int) -> None:
 
 @torch.inference_mode()
 def test_a_wrong_kernel_is_not_patched_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = serve.decoder_layer_cpu.FusedLayer.forward
-    monkeypatch.setattr(serve.decoder_layer_cpu.FusedLayer, "forward", lambda *args, **kw: right(*args, **kw) * 1.1)
+    right = serve.decoder_layer_cpu.FusedLayers.forward
+    monkeypatch.setattr(serve.decoder_layer_cpu.FusedLayers, "forward", lambda *args, **kw: right(*args, **kw) * 1.1)
     runner = make_runner("llama", {})
     serve.fuse_layers(runner)
     assert fused_layers(runner) == 0
