@@ -1948,7 +1948,7 @@ async def add_headers(response: Response) -> Response:
     return response
 
 
-async def decode(kind: type) -> Any:
+async def read_body(kind: type) -> Any:
     """Return the JSON body as a struct. Raises APIError 400 with the offending field, 415 for another content type."""
     if request.mimetype and request.mimetype != "application/json" and not request.mimetype.endswith("+json"):
         raise APIError(415, f"Content-Type must be application/json, not {request.mimetype}.", "unsupported_media_type")
@@ -1961,9 +1961,9 @@ async def decode(kind: type) -> Any:
         raise APIError(400, f"The body is not valid JSON: {error}", "invalid_json") from None
 
 
-def refuse(body: msgspec.Struct, harmless: dict[str, tuple]) -> None:
+def refuse(body: msgspec.Struct, refused: dict[str, tuple]) -> None:
     """Raise APIError 400 for the first field whose value asks for what is not done."""
-    for name, values in harmless.items():
+    for name, values in refused.items():
         if getattr(body, name) is not None and getattr(body, name) not in values:
             raise APIError(400, f"{name} is not supported here.", "unsupported_parameter", name)
 
@@ -2111,7 +2111,7 @@ def first_of(*values: Any) -> Any:
 
 
 # Fields that are known but not done: the values, besides null, that ask for nothing.
-CHAT_HARMLESS: dict[str, tuple] = {
+CHAT_REFUSED: dict[str, tuple] = {
     "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "functions": ([],),
     "function_call": ("none", "auto"), "response_format": ({"type": "text"},), "structured_outputs": (), "guided_json": (),
     "guided_regex": (), "guided_choice": (), "guided_grammar": (), "guided_whitespace_pattern": (), "modalities": (["text"],),
@@ -2122,11 +2122,11 @@ CHAT_HARMLESS: dict[str, tuple] = {
     "spaces_between_special_tokens": (True,), "truncate_prompt_tokens": (), "thinking_token_budget": (),
     "logits_processors": ([],), "mm_processor_kwargs": ({},), "kv_transfer_params": (), "best_of": (1,), "suffix": (),
 }
-ChatHarmless = msgspec.defstruct("ChatHarmless", [(name, Any, None) for name in CHAT_HARMLESS], bases=(SamplingFields,),
+ChatRefused = msgspec.defstruct("ChatRefused", [(name, Any, None) for name in CHAT_REFUSED], bases=(SamplingFields,),
                                  kw_only=True)
 
 
-class ChatRequest(ChatHarmless, kw_only=True):
+class ChatRequest(ChatRefused, kw_only=True):
     """https://platform.openai.com/docs/api-reference/chat/create, and what vLLM and transformers add to it."""
 
     messages: list[dict[str, Any]]
@@ -2141,8 +2141,8 @@ class ChatRequest(ChatHarmless, kw_only=True):
 @app.post("/v1/chat/completions")
 async def chat_completions() -> Response:
     """Answer a conversation."""
-    body = await decode(ChatRequest)
-    refuse(body, CHAT_HARMLESS)
+    body = await read_body(ChatRequest)
+    refuse(body, CHAT_REFUSED)
     if body.top_logprobs is not None and not body.logprobs:
         raise APIError(400, "top_logprobs needs logprobs: true.", "invalid_value", "top_logprobs")
     body.max_tokens = first_of(body.max_completion_tokens, body.max_tokens)
@@ -2265,7 +2265,7 @@ class LoadRequest(msgspec.Struct):
 @app.post("/load_model")
 async def load_model_stream() -> Response:
     """Load a model, telling how it goes, as `transformers chat` asks before it chats."""
-    body = await decode(LoadRequest)
+    body = await read_body(LoadRequest)
     name = app.models.resolve(body.model)
     cached = name in app.models.loaded and app.models.loaded[name].ready.is_set()
 
