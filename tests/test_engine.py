@@ -560,3 +560,11 @@ def test_token_bytes(kind: str, text: str, request: pytest.FixtureRequest) -> No
         " " if kind == "byte_fallback" else "") == text
     assert serve.token_bytes(model, tokenizer.eos_token_id) == tokenizer.eos_token.encode()
     assert serve.token_bytes(model, len(tokenizer) + 5) == b""
+
+
+def test_tokens_that_the_model_does_not_know_are_refused() -> None:
+    """A tokenizer may know more tokens than its model has embeddings."""
+    engine = make_engine()
+    assert engine.submit([serve.Prompt([999])], serve.SamplingParams())
+    with pytest.raises(serve.APIError, match="outside the vocabulary"):
+        engine.submit([serve.Prompt([1, 1000])], serve.SamplingParams())

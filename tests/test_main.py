@@ -93,6 +93,22 @@ def test_a_second_signal_does_not_wait(tiny: Path, tmp_path: Path) -> None:
         assert "Traceback" not in server.log.read_text()
 
 
+def test_a_client_that_does_not_read_cannot_keep_it_alive(tiny: Path, tmp_path: Path) -> None:
+    with start_server(tmp_path, str(tiny), "--grace-period", "0.5") as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        body = json.dumps({"messages": QUESTION, "stream": True, "n": 128, "ignore_eos": True, "logprobs": True,
+                           "top_logprobs": 20, "temperature": 1}).encode()
+        with socket.socket() as deaf:
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            deaf.connect((host, int(port)))
+            deaf.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                         f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            time.sleep(3)
+            started = time.monotonic()
+            assert server.stop(timeout=12) == 0
+            assert time.monotonic() - started < 8
+
+
 def test_the_port_answers_before_the_model_is_there_and_an_unknown_model_ends_it(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # a hub that does not answer
         env = {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_HUB_OFFLINE": "0"}

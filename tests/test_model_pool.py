@@ -262,3 +262,10 @@ async def test_settings_reach_the_engine(tiny: Path) -> None:
         assert (engine.max_len, engine.max_queue, engine.model.network.dtype) == (50, 9, torch.float32)
     async with pool(tiny, continuous_batching=False) as models:
         assert (await models.get(None)).scheduler.max_running == 1
+
+
+@pytest.mark.parametrize("name", ["org/repo:*", "org/repo:*.gguf", "org/repo:a\nb.gguf", "org/repo:weights.bin"])
+def test_only_gguf_files_can_be_named_in_a_repository(name: str) -> None:
+    with pytest.raises(serve.APIError) as caught:
+        serve.locate(name, local=False)
+    assert caught.value.status == 404

@@ -201,3 +201,31 @@ def test_a_batch_as_tensors() -> None:
     assert batch.seq_lens.tolist() == [3, 4]
     assert batch.logits_rows.tolist() == [0]
     assert serve.sampled({decode: 1, chunk: 3}) == [decode]
+
+
+async def test_a_prompt_on_which_the_model_fails_fails_alone(checkpoint: Path, tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = load(random_checkpoint("Mamba", tmp_path, checkpoint))
+    bad, good = random_prompts()[:2]
+    alone = await answers(runner, [good], LENGTH)
+    whole = runner.last_logits
+
+    def fails(seq: serve.Sequence) -> torch.Tensor:
+        if seq.token_ids[:len(bad)] == bad and seq.num_generated_tokens == 2:
+            raise RuntimeError("out of memory, say")
+        return whole(seq)
+
+    monkeypatch.setattr(runner, "last_logits", fails)
+    async with running(runner) as engine:
+        stream = engine.submit([serve.Prompt(bad), serve.Prompt(good)], serve.SamplingParams(max_tokens=LENGTH, logprobs=0))
+        _, tokens = await collect(stream)
+        assert [token.id for token in tokens] == [token.id for token in alone[0]]
+        assert stream.sequences[0].finish_reason == "error" and stream.sequences[0].error.status == 500
+        with pytest.raises(serve.APIError, match="failed on this prompt"):
+            async for _ in serve.deltas(engine.submit([serve.Prompt(bad)], serve.SamplingParams(max_tokens=LENGTH))):
+                pass
+
+
+def test_a_cache_that_holds_next_to_nothing_is_refused(tiny: Path) -> None:
+    with pytest.raises(serve.APIError, match="too few"):
+        load(tiny, kv_cache_memory=1 << 12)
