@@ -960,6 +960,11 @@ def cache_bytes(config: Config, device: torch.device) -> int:
     return int(config.kv_cache_memory * free if config.kv_cache_memory <= 1 else config.kv_cache_memory)
 
 
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """Return how far the worst row of logits [rows, vocab] is from what it should be, as a fraction of its norm."""
+    return ((got - want).float().norm(dim=-1) / want.float().norm(dim=-1)).max().item()
+
+
 def self_test(runner: PagedRunner) -> str | None:
     """Compare two short sequences, paged in chunks, with the model's own attention; return why not to page, or None."""
     network, text = runner.model.network, runner.model.network.config.get_text_config(decoder=True)
@@ -977,8 +982,7 @@ def self_test(runner: PagedRunner) -> str | None:
         network.set_attn_implementation("paged_attention")
         advance(runner, {one: 7, two: 4})
         second, first = advance(runner, {one: 5, two: 5}), advance(runner, {one: 1})
-        worst = ((torch.cat([first, second]) - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
-        problem = None
+        worst, problem = relative_error(torch.cat([first, second]), expected), None
         if len(runner.caches) != text.num_hidden_layers or runner.calls != 3 * len(runner.caches):
             problem = f"{len(runner.caches)} of {text.num_hidden_layers} layers attend through ours"
         elif kinds and any(bool(runner.options[i]["window"]) != (kind == "sliding_attention")
@@ -1015,7 +1019,7 @@ def sequential_self_test(runner: SequentialRunner) -> str | None:
     except Exception as error:  # whatever a model's own code raises
         log.debug("self-test", exc_info=True)
         return f"{type(error).__name__}: {error}"
-    worst = max(((a - b).float().norm() / a.float().norm()).item() for a, b in zip(alone, together))
+    worst = relative_error(torch.cat(together), torch.cat(alone))
     return None if worst < (1e-3 if alone[0].dtype == torch.float32 else 0.3) else "its sequences are not kept apart"
 
 
@@ -1189,15 +1193,16 @@ def make_runner(model: Model, kernel: Callable[..., Tensor], config: Config) -> 
     if model.device.type == "cpu":
         linear_cpu.pack_linears(model.network)
     after = advance(runner, {scratch_sequences(runner, 40)[0]: 40})  # what was patched and packed, together, once
-    if not (difference := ((after - before).norm() / before.norm()).item()) < 0.1:
+    if not (difference := relative_error(after, before)) < 0.1:
         raise APIError(400, f"The model {model.id!r} cannot be run: fused, its logits differ by {difference:.1e}",
                        "model_not_supported", "model")
     memory, memory_left = cache_bytes(config, model.device), available_memory(model.device)
-    runner.resize(min(useful, max(2, memory // runner.block_bytes)))
-    if runner.num_blocks * runner.block_bytes > memory_left:
+    num_blocks = min(useful, max(2, memory // runner.block_bytes))
+    if num_blocks * runner.block_bytes > memory_left:
         raise APIError(400, f"{memory_left} bytes are free, too few for a KV cache of {memory}", "no_memory")
-    if (runner.num_blocks - 1) * config.block_size < min(model.max_model_len, 256):
+    if (num_blocks - 1) * config.block_size < min(model.max_model_len, 256):
         raise APIError(400, f"{memory} bytes are too few for a KV cache: raise --kv-cache-memory", "no_memory")
+    runner.resize(num_blocks)
     log.info("%s: %d blocks of %d tokens", model.id, runner.num_blocks, config.block_size)
     return runner, runner.num_blocks
 
@@ -1587,7 +1592,7 @@ class Loaded:
     ready: trio.Event = field(default_factory=trio.Event)
     stage: str = "download"
     engine: Engine | None = None
-    error: Exception | None = None
+    error: APIError | None = None
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
 
