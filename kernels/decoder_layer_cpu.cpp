@@ -6,16 +6,7 @@
 #include <vector>
 
 #include "attention_cpu.h"
-
-constexpr int PANEL = 32;  // outputs that are packed side by side
-constexpr int ROW_BLOCK = LANES == 16 ? 12 : MAX_ROWS;  // rows whose accumulators fill the registers: 12 x 2 vectors
-constexpr int ROW_TILE = 96;  // rows of one work item: a panel stays in the first-level cache for all of them
-
-struct Linear {
-  const uint32_t* panels;  // [outputs / PANEL][inputs / 2][PANEL] pairs of inputs
-  const bf16* bias;        // [outputs] or null
-  int outputs, inputs;
-};
+#include "panels_cpu.h"
 
 struct Norm {
   const bf16* weight;  // [size], or null: no norm here
@@ -59,57 +50,6 @@ static inline Vec silu(Vec x) { return x / (1.f + exponential(-x)); }
 
 static inline Vec gelu(Vec x) {  // the tanh approximation
   return 0.5f * x * (1.f + hyperbolic_tangent(0.79788456f * (x + 0.044715f * x * x * x)));
-}
-
-// ── Linear layers ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-using MultiplyRows = void (*)(const uint32_t* x, size_t x_row, const uint32_t* panel, float* sums, int steps);
-
-template <int ROWS>
-static void multiply_panel(const uint32_t* x, size_t x_row, const uint32_t* panel, float* sums, int steps) {
-  constexpr int VECS = std::min(PANEL / LANES, MAX_VECS);
-  for (int i = 0; i < PANEL; i += VECS * LANES)
-    multiply_block<Pairs, true, ROWS, VECS>(x, x_row, panel + i, PANEL, sums + i, PANEL, steps);
-}
-constexpr MultiplyRows MULTIPLY_PANEL[] = {  // by rows - 1
-    multiply_panel<1>, multiply_panel<2>, multiply_panel<3>, multiply_panel<4>, multiply_panel<5>, multiply_panel<6>,
-#ifdef __AVX512F__
-    multiply_panel<7>, multiply_panel<8>, multiply_panel<9>, multiply_panel<10>, multiply_panel<11>, multiply_panel<12>,
-#endif
-};
-
-// Multiplies rows first:end of x [tokens, inputs] with one panel, and hands each row's sums [PANEL] to finish.
-template <class Finish>
-static void linear_item(const bf16* x, int first, int end, const Linear& linear, int panel, const Finish& finish) {
-  alignas(64) float sums[ROW_BLOCK * PANEL];
-  const size_t words = linear.inputs / 2;
-  const uint32_t* weights = linear.panels + panel * words * PANEL;
-  const int blocks = (end - first + ROW_BLOCK - 1) / ROW_BLOCK, size = (end - first + blocks - 1) / blocks;
-  for (int row = first; row < end; row += size) {
-    const int rows = std::min(size, end - row);
-    MULTIPLY_PANEL[rows - 1]((const uint32_t*)x + row * words, words, weights, sums, int(words));
-    for (int r = 0; r < rows; r++) finish(row + r, panel, sums + r * PANEL);
-  }
-}
-
-static inline Vec with_bias(const Linear& linear, int panel, int i, const float* sums) {
-  return linear.bias ? load(sums + i) + load(linear.bias + panel * PANEL + i) : load(sums + i);
-}
-
-// Shares the panels out over the enclosing parallel region, and waits for all of them.
-template <class Finish>
-static void multiply_linear(const bf16* x, int tokens, const Linear& linear, const Finish& finish) {
-  const int panels = linear.outputs / PANEL, tiles = (tokens + ROW_TILE - 1) / ROW_TILE;
-  if (tiles == 1) {  // bound by memory: each thread streams through one stretch of the weights
-#pragma omp for schedule(static)
-    for (int panel = 0; panel < panels; panel++) linear_item(x, 0, tokens, linear, panel, finish);
-  } else {
-#pragma omp for schedule(dynamic, 1)
-    for (int item = 0; item < panels * tiles; item++) {
-      const int first = item % tiles * ROW_TILE;
-      linear_item(x, first, std::min(tokens, first + ROW_TILE), linear, item / tiles, finish);
-    }
-  }
 }
 
 // ── The layer ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -222,14 +162,4 @@ extern "C" void decoder_layers(DecoderLayer* const* layers, int count, int threa
   const std::vector<int> first_item = list_items(layers[0]->attention);
 #pragma omp parallel num_threads(threads)
   for (int i = 0; i < count; i++) run_layer(*layers[i], shared, first_item);
-}
-
-// Packs weight [outputs, inputs] into panels.
-extern "C" void pack_panels(const bf16* weight, uint32_t* panels, int outputs, int inputs) {
-  const int words = inputs / 2;
-#pragma omp parallel for
-  for (int output = 0; output < outputs; output++) {
-    uint32_t* to = panels + size_t(output / PANEL) * words * PANEL + output % PANEL;
-    for (int i = 0; i < words; i++) memcpy(to + size_t(i) * PANEL, weight + size_t(output) * inputs + 2 * i, 4);
-  }
 }

@@ -9,9 +9,9 @@
 
     x [tokens, hidden] bfloat16; cos, sin [tokens, rotary_dim] bfloat16; the rest as in attention.py.
 
-Weights are packed once into panels of 32 outputs, two inputs a word. The arithmetic of a token is bitwise the same for
-every batch. `unsupported` reads a layer's modules, not its forward: the caller compares results with the original's
-before it trusts the fused layer, so that no list of models is kept.
+Weights are packed once into panels (panels_cpu.py), in bfloat16 or left in a checkpoint's 4 or 8 bits. The arithmetic of a
+token is bitwise the same for every batch. `unsupported` reads a layer's modules, not its forward: the caller compares
+results with the original's before it trusts the fused layer, so that no list of models is kept.
 """
 
 import ctypes
@@ -32,17 +32,12 @@ if __name__ == "__main__":  # run as a file: stand where serve.py puts this fold
     sys.modules["serve_kernels"].__path__ = [str(Path(__file__).parent)]
     __package__ = "serve_kernels"
 
+from . import panels_cpu
 from .attention_cpu import Attention
 from .compile_cpu import CompileError, load
+from .panels_cpu import PANEL, Linear, joint_weight
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-PANEL = 32  # outputs packed side by side, as in decoder_layer_cpu.cpp
-
-
-class Linear(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("panels", "bias")] + [
-        (name, ctypes.c_int) for name in ("outputs", "inputs")
-    ]
 
 
 class Norm(ctypes.Structure):
@@ -66,8 +61,7 @@ def _library(*flags: str) -> ctypes.CDLL:
     """Return the compiled kernel. Raises CompileError."""
     library = load(SOURCE, *flags)
     library.decoder_layers.argtypes = ctypes.POINTER(ctypes.POINTER(DecoderLayer)), ctypes.c_int, ctypes.c_int
-    library.pack_panels.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int
-    library.decoder_layers.restype = library.pack_panels.restype = None
+    library.decoder_layers.restype = None
     return library
 
 
@@ -89,13 +83,14 @@ class FusedLayer(nn.Module):
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
         self.head_dim, self.hidden = attention.head_dim, attention.q_proj.in_features
-        self.run, self._pack = _library(*flags).decoder_layers, _library(*flags).pack_panels
-        self._alive: list[Tensor] = []  # what the pointers below point at
-        gate_up = torch.stack([p.weight.unflatten(0, (-1, PANEL // 2)) for p in (mlp.gate_proj, mlp.up_proj)], 1)
+        self.run, self._flags = _library(*flags).decoder_layers, flags
+        self._alive: list[Tensor | None] = []  # what the pointers below point at
+        gates, half = mlp.gate_proj.out_features, PANEL // 2  # a panel: 16 gates, then the 16 ups beside them
+        gate_up = torch.arange(2 * gates).view(2, -1, half).transpose(0, 1).flatten()
         self.call = DecoderLayer(
             qkv=self._linear(attention.q_proj, attention.k_proj, attention.v_proj),
             o=self._linear(attention.o_proj),
-            gate_up=self._panels(gate_up.flatten(0, 2), None),
+            gate_up=self._linear(mlp.gate_proj, mlp.up_proj, order=gate_up),
             down=self._linear(mlp.down_proj),
             input_norm=self._norm(layer.input_layernorm),
             post_norm=self._norm(layer.post_attention_layernorm),
@@ -135,17 +130,14 @@ class FusedLayer(nn.Module):
         self.bind(k_cache, v_cache, **options)
         return FusedLayers([self])(x, cos, sin, slot_mapping, block_tables, cu_seqlens_q, seq_lens)
 
-    def _linear(self, *projections: nn.Linear) -> Linear:
-        """Pack projections of one input side by side, as one."""
-        biases = [projection.bias for projection in projections]
-        bias = None if biases[0] is None else self._keep(torch.cat(biases))
-        return self._panels(torch.cat([projection.weight for projection in projections]), bias)
-
-    def _panels(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        outputs, inputs = weight.shape
-        panels, weight = self._keep(torch.empty(outputs * inputs // 2, dtype=torch.int32)), weight.detach().contiguous()
-        self._pack(weight.data_ptr(), panels.data_ptr(), outputs, inputs)
-        return Linear(panels.data_ptr(), None if bias is None else bias.data_ptr(), outputs, inputs)
+    def _linear(self, *projections: nn.Linear, order: Tensor | None = None) -> Linear:
+        """Pack projections of one input as one, their outputs side by side or in another order."""
+        weight, biases = joint_weight(list(projections)), [projection.bias for projection in projections]
+        if order is not None:
+            weight = weight[order] if isinstance(weight, Tensor) else weight.rows(order)
+        linear, alive = panels_cpu.pack(weight, None if biases[0] is None else torch.cat(biases), *self._flags)
+        self._alive += alive
+        return linear
 
     def _norm(self, norm: nn.Module | None) -> Norm:
         if norm is None:

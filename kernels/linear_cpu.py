@@ -7,11 +7,12 @@ the same whatever other rows are in the call. oneDNN breaks that in one place: a
 kernel that splits the sum (in bfloat16 one result in 5,000 rounds otherwise, in float32 nine in ten), so it gets company.
 """
 
-
 from collections import defaultdict
 
 import torch
 from torch import Tensor, nn
+
+from . import panels_cpu
 
 LONE_ROW_INPUTS = 1024  # measured with torch 2.13, oneDNN's AVX-512 kernels: up to here a lone row is like any other
 ROWS_HINT = 16  # what oneDNN packs for: a decode batch
@@ -53,7 +54,7 @@ def packable(module: nn.Module) -> bool:
 
 
 def pack_linears(model: nn.Module) -> int:
-    """Replace every packable linear layer below `model`, and return how many.
+    """Replace every packable linear layer below `model`, and return how many: bfloat16 by panels, where these can be.
 
     The original weights are freed, but for those that the model uses elsewhere too, as tied embeddings are.
     """
@@ -65,10 +66,12 @@ def pack_linears(model: nn.Module) -> int:
     count = len(homes)
     while homes:  # one at a time, so that never more than one weight exists twice
         linear, places = homes.popitem()
-        packed = PackedLinear(linear)
+        weight = panels_cpu.joint_weight([linear])
+        panels = panels_cpu.unsupported(weight) is None and panels_cpu.unavailable() is None
+        packed = panels_cpu.PanelLinear(weight, linear.bias) if panels else PackedLinear(linear)
         for parent, name in places:
             setattr(parent, name, packed)
-        del linear
+        del linear, weight
     return count
 
 

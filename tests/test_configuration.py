@@ -14,6 +14,7 @@ FIELDS = {f.name: f for f in dataclasses.fields(serve.Config)}
 VALUES = {
     "force_model": ("org/model", "org/model"), "served_model_name": ("my_model-1", "my_model-1"),
     "dtype": ("float32", "float32"),
+    "gguf_weights": ("dequantised", "dequantised"),
     "device": ("cpu", "cpu"), "model_timeout": ("7.5", 7.5), "max_model_len": ("100", 100),
     "chat_template": (__file__, __file__), "chat_template_kwargs": ('{"a_b": [1]}', {"a_b": [1]}), "reasoning": ("off", "off"),
     "attn_implementation": ("eager_paged", "eager_paged"), "block_size": ("16", 16), "kv_cache_memory": ("2GiB", 2.0 * 2**30),

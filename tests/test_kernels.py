@@ -8,6 +8,8 @@ import types
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,15 @@ if "serve_kernels" not in sys.modules:  # as serve.py does
     sys.modules["serve_kernels"] = types.ModuleType("serve_kernels")
     sys.modules["serve_kernels"].__path__ = [str(KERNELS)]
 
-from serve_kernels import attention, attention_cpu, compile_cpu, decoder_layer_cpu, linear_cpu  # noqa: E402
+from serve_kernels import (  # noqa: E402
+    attention,
+    attention_cpu,
+    compile_cpu,
+    decoder_layer_cpu,
+    gguf_blocks,
+    linear_cpu,
+    panels_cpu,
+)
 
 PORTABLE = ("-DPORTABLE",)
 HASWELL = ("-march=haswell",)  # eight lanes and few registers: blocks of other sizes
@@ -299,13 +309,76 @@ def test_pack_linears() -> None:
     assert (weight.dtype, weight.device.type, tuple(weight.shape)) == (torch.float32, "cpu", (32, 16))
 
 
-# ── Decoder layer ─────────────────────────────────────────────────────────────────────────────
+# ── Panels ────────────────────────────────────────────────────────────────────────────────────
 
 BODIES = [
     pytest.param((), id="native"),
     pytest.param(PORTABLE, id="portable"),
     pytest.param(HASWELL, id="haswell", marks=needs_x86),
 ]
+
+
+def make_codes(bits: int, group: int, outputs: int, inputs: int) -> panels_cpu.Grouped:
+    """Return random codes, with scales and minima of few digits: their products with a code are exact."""
+    torch.manual_seed(bits + group + inputs)
+    scale, minimum = (torch.randn(outputs, inputs // group).half().float() for _ in range(2))
+    table = torch.randn(16).bfloat16().float() if bits == 4 else None
+    return panels_cpu.Grouped(bits, torch.randint(1 << bits, (outputs, inputs), dtype=torch.uint8), scale, minimum, table)
+
+
+@needs_compiler
+@pytest.mark.parametrize("flags", BODIES)
+@pytest.mark.parametrize("bits, group, inputs",
+                         [(4, 32, 576), (8, 32, 576), (4, 64, 192), (8, 96, 96), (8, 16, 64), (4, 8, 32)])
+def test_panels(bits: int, group: int, inputs: int, flags: tuple[str, ...]) -> None:
+    """Against fp64; codes and the bfloat16 they stand for are bitwise the same, and so is a row in any company."""
+    codes, bias = make_codes(bits, group, 96, inputs), torch.randn(96).bfloat16()
+    weight = codes.dequantised().bfloat16()
+    packed, plain = panels_cpu.PanelLinear(codes, bias, *flags), panels_cpu.PanelLinear(weight, bias, *flags)
+    x = torch.randn(200, inputs).bfloat16()
+    whole, exact = packed(x), F.linear(x.double(), weight.double(), bias.double())
+    assert ((whole.double() - exact).norm(dim=1) / exact.norm(dim=1)).max() < 0.004
+    for rows in (1, 2, 3, 8, 9, 12, 13, 30, 96, 97, 200):
+        assert torch.equal(packed(x[:rows]), whole[:rows]) and torch.equal(plain(x[:rows]), whole[:rows]), rows
+    assert packed(x[:0]).shape == (0, 96) and packed(x[None, :2]).shape == (1, 2, 96)
+
+
+@needs_compiler
+def test_panels_of_several_layers() -> None:
+    """Layers of one input become one; where their groups differ, bytes with the smallest group hold both."""
+    four, eight = make_codes(4, 32, 32, 64), make_codes(8, 16, 64, 64)
+    four = panels_cpu.Grouped(4, four.codes, four.scale, four.minimum, torch.arange(16.0))
+    for parts in ([four, eight], [eight, eight], [four, four]):
+        joint = panels_cpu.concatenate(parts)
+        assert torch.equal(joint.dequantised(), torch.cat([part.dequantised() for part in parts]))
+        assert panels_cpu.unsupported(joint) is None
+    linears = [nn.Linear(64, 32), nn.Linear(64, 32)]
+    linears[0].grouped = four  # the other has none: both by their weights
+    assert isinstance(panels_cpu.joint_weight(linears), Tensor)
+    assert "multiples" in panels_cpu.unsupported(torch.empty(33, 64, dtype=torch.bfloat16))
+    assert "bfloat16" in panels_cpu.unsupported(torch.empty(32, 64))
+
+
+@pytest.mark.parametrize("kind", gguf_blocks.FORMATS)
+def test_gguf_blocks(kind: str) -> None:
+    """Random blocks of every format, bitwise against the gguf package, as a matrix and multiplied."""
+    quantisation = gguf.GGMLQuantizationType[kind]
+    weights, size = gguf.GGML_QUANT_SIZES[quantisation]
+    random = np.random.default_rng(0)
+    blocks = random.integers(0, 256, (64, 512 // weights, size), dtype=np.uint8)
+    for at in [208] if kind == "Q6_K" else [0, 2] if kind.endswith(("_1", "_K")) else [0]:
+        blocks[..., at:at + 2] = random.normal(size=(*blocks.shape[:2], 1)).astype(np.float16).view(np.uint8)
+    data = blocks.reshape(64, -1)
+    codes = gguf_blocks.read_blocks(types.SimpleNamespace(tensor_type=quantisation, shape=[512, 64], data=data))
+    expected = torch.from_numpy(gguf.dequantize(data, quantisation))
+    assert torch.equal(codes.dequantised(), expected) and codes.bits == (4 if kind.startswith("Q4") else 8)
+    if not panels_cpu.unavailable():
+        packed = panels_cpu.PanelLinear(codes, None)
+        assert torch.equal(packed(torch.eye(512).bfloat16()), expected.bfloat16().T)
+
+
+# ── Decoder layer ─────────────────────────────────────────────────────────────────────────────
+
 HIDDEN, DIM, HEADS, KV_HEADS = 192, 32, 6, 2
 
 

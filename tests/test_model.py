@@ -36,6 +36,7 @@ def converted(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> li
     def convert(source: Path, folder: Path) -> None:
         assert source.name == "weights.gguf"
         shutil.copytree(tiny, folder)
+        (folder / serve.CODES).write_bytes(b"codes")
         made.append(folder)
 
     monkeypatch.setenv("SERVE_CACHE", str(tmp_path / "cache"))
@@ -278,6 +279,24 @@ def test_a_gguf_file_is_converted(tiny_gguf: Path, tmp_path: Path) -> None:
     assert all(weight.equal(weights[name]) for name, weight in converted.network.state_dict().items()) and weights
     assert converted.tokenizer("a b")["input_ids"] == original.tokenizer("a b")["input_ids"]
     assert (converted.network.dtype, converted.eos_token_ids) == (torch.bfloat16, original.eos_token_ids)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("built_in", [False, True])
+def test_packed_weights_are_the_same_weights(built_in: bool, tiny_gguf: Path, checkpoint: Path) -> None:
+    """Bitwise, on a GGUF file and on the built-in model: whether weights stay packed changes the speed alone."""
+    found = serve.Checkpoint(str(checkpoint)) if built_in else serve.Checkpoint(str(tiny_gguf.parent), "tiny.gguf")
+    logits, packed = {}, {}
+    for kind in ("packed", "dequantised"):
+        model = load(found, gguf_weights=kind)
+        packed[kind] = sum(hasattr(module, "grouped") for module in model.network.modules())
+        settings = serve.Config(device="cpu", kv_cache_memory=64 << 20)
+        runner, _ = serve.make_runner(model, serve.choose_attention("auto", model.device)[0], settings)
+        one, two = serve.scratch_sequences(runner, 40, 12)
+        serve.advance(runner, {one: 23, two: 11})
+        logits[kind] = serve.advance(runner, {one: 17, two: 1})
+    assert packed == {"packed": 7 * model.network.config.num_hidden_layers + 1, "dequantised": 0}
+    assert torch.equal(logits["packed"], logits["dequantised"])
 
 
 @pytest.mark.parametrize("size", [0, 100, 3000])
