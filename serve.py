@@ -1150,8 +1150,10 @@ def fuse_layers(runner: PagedRunner) -> None:
             problem = disagreement(runner, layer, patch, decodes, args, kwargs)
         if problem is None:
             replacements[layer] = patch
+            kept = set(map(id, patch.parameters()))
             for parameter in layer.parameters():  # one layer's weights at a time are there twice
-                parameter.data = parameter.data.new_empty(0)
+                if id(parameter) not in kept:
+                    parameter.data = parameter.data.new_empty(0)
         else:
             left[problem] += 1
 

@@ -19,7 +19,7 @@ struct DecoderLayer {
   const bf16* x;              // [tokens, hidden]
   bf16* out;                  // [tokens, hidden]
   const bf16 *cos, *sin;      // [tokens, rotary_dim]
-  Linear qkv, o, gate_up, down;  // gate_up: each panel holds 16 gates, then the 16 ups beside them
+  Linear qkv, o, gate_up, down;  // gate_up: each panel holds 16 gates, then the 16 ups beside them; down: none, and no MLP
   Norm input_norm, post_norm, q_norm, k_norm;
   int rotary_dim, gelu;
 };
@@ -120,10 +120,12 @@ static void run_layer(const DecoderLayer& layer, Workspace& w, const std::vector
 #pragma omp for schedule(static)
   for (int token = 0; token < tokens; token++) prepare_token(layer, w.qkv.data(), token);
   attend_all<Bf16Body>(a, first_item);
-  multiply_linear(w.mixed.data(), tokens, layer.o, add_to(layer.o, layer.x, w.middle.data()));
-  normalise_rows(w.middle.data(), layer.post_norm, tokens, hidden, w.normed.data());
+  bf16* const middle = layer.down.outputs ? w.middle.data() : layer.out;
+  multiply_linear(w.mixed.data(), tokens, layer.o, add_to(layer.o, layer.x, middle));
+  if (!layer.down.outputs) return;  // the MLP is the caller's
+  normalise_rows(middle, layer.post_norm, tokens, hidden, w.normed.data());
   multiply_linear(w.normed.data(), tokens, layer.gate_up, activate);
-  multiply_linear(w.active.data(), tokens, layer.down, add_to(layer.down, w.middle.data(), layer.out));
+  multiply_linear(w.active.data(), tokens, layer.down, add_to(layer.down, middle, layer.out));
 }
 
 // Points the attention at the workspace: queries, keys and values are slices of one row of the qkv product.

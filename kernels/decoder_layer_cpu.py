@@ -76,28 +76,25 @@ def unavailable() -> str | None:
 
 
 class FusedLayer(nn.Module):
-    """A decoder layer's packed weights. Holds nothing of the original layer."""
+    """A decoder layer's packed weights. Holds nothing of the original layer but an MLP that is no plain one."""
 
     def __init__(self, layer: nn.Module, *flags: str) -> None:
         """Pack a layer for which `unsupported` returned None."""
         super().__init__()
-        attention, mlp = layer.self_attn, layer.mlp
+        attention = layer.self_attn
         self.head_dim, self.hidden = attention.head_dim, attention.q_proj.in_features
+        self.own_mlp = None if _is_plain(layer.mlp) else nn.ModuleList([layer.post_attention_layernorm, layer.mlp])
         self.run, self._flags = _library(*flags).decoder_layers, flags
         self._alive: list[Tensor | None] = []  # what the pointers below point at
-        gates, half = mlp.gate_proj.out_features, PANEL // 2  # a panel: 16 gates, then the 16 ups beside them
-        gate_up = torch.arange(2 * gates).view(2, -1, half).transpose(0, 1).flatten()
         self.call = DecoderLayer(
             qkv=self._linear(attention.q_proj, attention.k_proj, attention.v_proj),
             o=self._linear(attention.o_proj),
-            gate_up=self._linear(mlp.gate_proj, mlp.up_proj, order=gate_up),
-            down=self._linear(mlp.down_proj),
             input_norm=self._norm(layer.input_layernorm),
-            post_norm=self._norm(layer.post_attention_layernorm),
             q_norm=self._norm(getattr(attention, "q_norm", None)),
             k_norm=self._norm(getattr(attention, "k_norm", None)),
-            gelu=_activation(mlp.act_fn) == "gelu",
         )
+        if self.own_mlp is None:
+            self._take_mlp(layer.mlp, layer.post_attention_layernorm)
         self.call.attention.heads = attention.q_proj.out_features // self.head_dim
         self.call.attention.kv_heads = attention.k_proj.out_features // self.head_dim
         self.call.attention.head_dim = self.head_dim
@@ -106,7 +103,8 @@ class FusedLayer(nn.Module):
     def shape(self) -> tuple[int, ...]:
         """What layers must have in common to be run together."""
         attention = self.call.attention
-        return self.hidden, self.call.down.inputs, attention.heads, attention.kv_heads, self.head_dim
+        alone = 0 if self.own_mlp is None else id(self)  # nothing runs behind an MLP that is not in the call
+        return self.hidden, self.call.down.inputs, attention.heads, attention.kv_heads, self.head_dim, alone
 
     def bind(
         self, k_cache: Tensor, v_cache: Tensor, *, scale: float, window: int = 0, softcap: float = 0.0,
@@ -129,6 +127,13 @@ class FusedLayer(nn.Module):
         """Run this layer alone on x [tokens, hidden], writing its keys and values into the caches."""
         self.bind(k_cache, v_cache, **options)
         return FusedLayers([self])(x, cos, sin, slot_mapping, block_tables, cu_seqlens_q, seq_lens)
+
+    def _take_mlp(self, mlp: nn.Module, norm: nn.Module) -> None:
+        gates, half = mlp.gate_proj.out_features, PANEL // 2  # a panel: 16 gates, then the 16 ups beside them
+        order = torch.arange(2 * gates).view(2, -1, half).transpose(0, 1).flatten()
+        self.call.gate_up = self._linear(mlp.gate_proj, mlp.up_proj, order=order)
+        self.call.down, self.call.post_norm = self._linear(mlp.down_proj), self._norm(norm)
+        self.call.gelu = _activation(mlp.act_fn) == "gelu"
 
     def _linear(self, *projections: nn.Linear, order: Tensor | None = None) -> Linear:
         """Pack projections of one input as one, their outputs side by side or in another order."""
@@ -176,7 +181,11 @@ class FusedLayers(nn.Module):
         attention.cu_seqlens_q, attention.seq_lens = cu_seqlens_q.data_ptr(), seq_lens.data_ptr()
         attention.sequences, attention.max_blocks = block_tables.shape
         first.run(self._pointers, len(self.layers), torch.get_num_threads())
-        return out
+        return out if first.own_mlp is None else out + self._run_mlp(*first.own_mlp, out)
+
+    def _run_mlp(self, norm: nn.Module, mlp: nn.Module, x: Tensor) -> Tensor:
+        out = mlp(norm(x[None]))  # some return what their router thought as well
+        return (out[0] if isinstance(out, tuple) else out).view_as(x)
 
 
 # ── What the kernel takes ─────────────────────────────────────────────────────────────────────
@@ -187,18 +196,18 @@ def unsupported(layer: nn.Module) -> str | None:
     try:
         attention, mlp = layer.self_attn, layer.mlp
         projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-        projections += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-        norms = [layer.input_layernorm, layer.post_attention_layernorm]
-        head_dim, act_fn = attention.head_dim, mlp.act_fn
+        norms, head_dim = [layer.input_layernorm, layer.post_attention_layernorm], attention.head_dim
     except AttributeError as error:
         return f"not shaped like a Llama layer: {error}"
-    if not all(type(p) is nn.Linear and p.weight.dtype == torch.bfloat16 for p in projections):
+    gated = [mlp.gate_proj, mlp.up_proj, mlp.down_proj] if _is_plain(mlp) else []
+    if not all(type(p) is nn.Linear and p.weight.dtype == torch.bfloat16 for p in projections + gated):
         return "its projections are not plain bfloat16 linear layers"
     if any(p.weight.device.type != "cpu" for p in projections):
         return "its weights are not on the CPU"
-    if len({p.bias is None for p in projections[:3]}) > 1 or any(p.bias is not None for p in (mlp.gate_proj, mlp.up_proj)):
+    if len({p.bias is None for p in projections[:3]}) > 1 or any(p.bias is not None for p in gated[:2]):
         return "biases on some of q, k, v, or on gate and up"
-    if head_dim % PANEL or head_dim > 256 or mlp.gate_proj.out_features % PANEL or attention.q_proj.in_features % PANEL:
+    widths = [attention.q_proj.in_features, *(p.out_features for p in gated[:1])]
+    if head_dim > 256 or any(width % PANEL for width in [head_dim, *widths]):
         return f"head size {head_dim} (wants a multiple of {PANEL} up to 256), or widths that are no multiple of {PANEL}"
     if {"pre_feedforward_layernorm", "post_feedforward_layernorm"} & {name for name, _ in layer.named_children()}:
         return "it has norms after its blocks"
@@ -207,7 +216,12 @@ def unsupported(layer: nn.Module) -> str | None:
         return "its norms are not RMSNorm"
     if any(norm.weight.numel() != head_dim for norm in norms[2:]):
         return "q and k are not normed head by head"
-    return None if _activation(act_fn) else "its activation is neither SiLU nor tanh-GELU"
+    return None if not gated or _activation(mlp.act_fn) else "its activation is neither SiLU nor tanh-GELU"
+
+
+def _is_plain(mlp: nn.Module) -> bool:
+    """Tell whether an MLP is Llama's; a mixture of experts, or whatever else it is, stays what it is."""
+    return all(hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
 
 
 def _epsilon(norm: nn.Module) -> float:

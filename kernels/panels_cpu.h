@@ -13,7 +13,7 @@ constexpr int PANEL = 32;  // outputs that are packed side by side
 constexpr int ROW_BLOCK = LANES == 16 ? 12 : MAX_ROWS;  // rows whose accumulators fill the registers: 12 x 2 vectors
 constexpr int CODE_ROWS = LANES == 16 ? 8 : 2;  // rows whose accumulators fit beside the unpacking of codes
 constexpr int VECS = PANEL / LANES;
-constexpr int ROW_TILE = 96;  // rows of one work item: a panel stays in the cache for all of them
+constexpr int ROW_TILE = 256;  // rows of one work item: a panel stays in the cache for all of them
 
 struct Linear {
   const uint8_t* panels;  // [outputs / PANEL] of: [inputs / 2][PANEL] pairs, or [inputs / group] of `Group`

@@ -13,12 +13,14 @@ SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "nu
 FUSED = {  # architecture → what sets it apart
     "llama": {}, "qwen2": {}, "qwen3": {}, "gemma": {}, "mistral": {"sliding_window": 8},
     "smollm3": {"no_rope_layers": [1, 1, 1]},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},  # keep their own MLP
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
 }
 LEFT = {
     "granite": {"residual_multiplier": 0.5},  # shaped like Llama, but computes something else
     "ernie4_5": {},  # turns pairs of neighbours, not halves, in float32
     "gemma2": {}, "olmo2": {}, "phi3": {}, "starcoder2": {}, "cohere": {},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2}, "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 2},
+    "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 2},
 }
 
 
