@@ -210,10 +210,10 @@ async def test_a_prompt_on_which_the_model_fails_fails_alone(checkpoint: Path, t
     alone = await answers(runner, [good], LENGTH)
     whole = runner.last_logits
 
-    def fails(seq: serve.Sequence) -> torch.Tensor:
+    def fails(seq: serve.Sequence, scored: int) -> torch.Tensor:
         if seq.token_ids[:len(bad)] == bad and seq.num_generated_tokens == 2:
             raise RuntimeError("out of memory, say")
-        return whole(seq)
+        return whole(seq, scored)
 
     monkeypatch.setattr(runner, "last_logits", fails)
     async with running(runner) as engine:
