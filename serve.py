@@ -2464,8 +2464,8 @@ def read_prompts(model: Model, texts: list[str | list[int]], add_special_tokens:
 class Spelling:
     """Where in the text of one answer each token begins. A token waits for its text, which a stop string may withhold."""
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
+    def __init__(self, model: Model, top: int | None) -> None:
+        self.model, self.top = model, top
         self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self.end = 0  # of the characters that the tokens so far spell
         self.shown = 0  # of the text that was sent
@@ -2492,7 +2492,7 @@ class Spelling:
         ready, self.waiting = self.waiting[:count], self.waiting[count:]
         return {"tokens": [spelled(self.model, token.id) for token, _ in ready],
                 "token_logprobs": [None if token.logprob is None else max(token.logprob, -9999.0) for token, _ in ready],
-                "top_logprobs": [alternatives(self.model, token) for token, _ in ready],
+                "top_logprobs": [alternatives(self.model, token, self.top) for token, _ in ready],
                 "text_offset": [min(offset, self.shown) for _, offset in ready]} if ready else None
 
 
@@ -2500,12 +2500,12 @@ def spelled(model: Model, id: int) -> str:
     return token_bytes(model, id).decode(errors="replace")
 
 
-def alternatives(model: Model, token: Token) -> dict[str, float] | None:
-    """Return the most likely tokens in a token's place, and itself; of those that are spelled the same, the likeliest."""
+def alternatives(model: Model, token: Token, top: int) -> dict[str, float] | None:
+    """Return the likeliest tokens in a token's place, and itself; of those that are spelled the same, the likeliest."""
     if token.logprob is None:
         return None
     found: dict[str, float] = {}
-    for id, logprob in (*token.top, (token.id, token.logprob)):  # falling
+    for id, logprob in (*token.top[:top], (token.id, token.logprob)):  # falling; a cached score may have more
         found.setdefault(spelled(model, id), max(logprob, -9999.0))
     return found
 
@@ -2516,7 +2516,7 @@ async def completion_chunks(stream: TokenStream, echoes: list[str | list[int]], 
     model = stream.engine.model
     head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()),
             "model": app.models.public_id(model.id)}
-    spellings = [Spelling(model) for _ in stream.sequences]
+    spellings = [Spelling(model, seq.sampling.logprobs) for seq in stream.sequences]
     to_echo = dict.fromkeys(range(len(stream.sequences))) if echoes else {}
     completion_tokens = 0
     async with aclosing(deltas(stream, continuing=True)) as pieces:
