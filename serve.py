@@ -316,7 +316,7 @@ class BlockPool:
         self.references = [0] * num_blocks
         self.hashes: list[bytes | None] = [None] * num_blocks
         self.cached: dict[bytes, int] = {}
-        self.scores: dict[bytes, tuple[int, list[Token]]] = {}  # alternatives to each token, and a block's tokens
+        self.scores: dict[bytes, tuple[int, list[Token]]] = {}  # how many alternatives each token has, and a block's tokens
 
     @property
     def capacity(self) -> int:
@@ -363,15 +363,12 @@ class BlockPool:
             self.hashes[block] = None
 
     def keep_scores(self, digest: bytes, top: int, tokens: list[Token]) -> None:
-        """Keep the scores of a cached block, with `top` alternatives to each token, unless there are as good ones.
-
-        The list may still be empty: it is filled by the step that computes the block.
-        """
+        """Keep the scores of a cached block, unless there are some with as many alternatives. They may be yet to come."""
         if digest in self.cached and self.scores.get(digest, (-1,))[0] < top:
             self.scores[digest] = top, tokens
 
     def find_scores(self, hashes: Iterable[bytes], top: int) -> list[list[Token]]:
-        """Return the scores of the longest run of blocks that have them with `top` alternatives, starting with the first."""
+        """Return the scores of the longest run of blocks, from the first, that have them with `top` alternatives."""
         found = (self.scores.get(digest, (-1, [])) for digest in hashes)
         return [tokens for _, tokens in itertools.takewhile(lambda scores: scores[0] >= top, found)]
 
@@ -2376,8 +2373,7 @@ async def fold_chat(chunks: AsyncIterator[dict[str, Any]]) -> dict[str, Any]:
 
 
 # ── Completions ───────────────────────────────────────────────────────────────────────────────────────────────────────
-# POST /v1/completions, /tokenize, /detokenize, GET /tokenizer_info: text as it stands, without a template; what
-# evaluations score models with.
+# POST /v1/completions, /tokenize, /detokenize, GET /tokenizer_info: text as it stands, and what evaluations score it with.
 
 
 # Known but not done, as for chat.
@@ -2462,10 +2458,14 @@ def read_prompts(model: Model, texts: list[str | list[int]], add_special_tokens:
 
 
 class Spelling:
-    """Where in the text of one answer each token begins. A token waits for its text, which a stop string may withhold."""
+    """How the tokens of one answer are spelled, and where in its text each begins.
+
+    A token waits for its text, which a stop string may withhold.
+    """
 
     def __init__(self, model: Model, top: int | None) -> None:
         self.model, self.top = model, top
+        self.bytes = functools.cache(functools.partial(token_bytes, model))
         self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self.end = 0  # of the characters that the tokens so far spell
         self.shown = 0  # of the text that was sent
@@ -2476,13 +2476,13 @@ class Spelling:
         for token in tokens:
             self.waiting.append((token, self.end))
             if token.id not in self.model.special_ids:
-                self.end += len(self.decode(token_bytes(self.model, token.id)))
+                self.end += len(self.decode(self.bytes(token.id)))
 
     def add_prompt(self, tokens: Iterable[Token], text: str) -> None:
         """Take the tokens of an echoed text, which may lack a special token or a space that its tokenizer put before it."""
         for token in tokens:
             self.waiting.append((token, self.end))
-            piece = self.decode(token_bytes(self.model, token.id))
+            piece = self.decode(self.bytes(token.id))
             self.end += len(next(piece for piece in (piece, piece[1:], "") if text.startswith(piece, self.end)))
 
     def logprobs(self, text: str, last: bool) -> dict[str, list] | None:
@@ -2490,24 +2490,22 @@ class Spelling:
         self.shown += len(text)
         count = len(self.waiting) if last else sum(offset < self.shown for _, offset in self.waiting)
         ready, self.waiting = self.waiting[:count], self.waiting[count:]
-        return {"tokens": [spelled(self.model, token.id) for token, _ in ready],
-                "token_logprobs": [None if token.logprob is None else max(token.logprob, -9999.0) for token, _ in ready],
-                "top_logprobs": [alternatives(self.model, token, self.top) for token, _ in ready],
+        return {"tokens": [self.spell(token.id) for token, _ in ready],
+                "token_logprobs": [token.logprob and max(token.logprob, -9999.0) for token, _ in ready],
+                "top_logprobs": [self.alternatives(token) for token, _ in ready],
                 "text_offset": [min(offset, self.shown) for _, offset in ready]} if ready else None
 
+    def alternatives(self, token: Token) -> dict[str, float] | None:
+        """Return the likeliest tokens in a token's place, and itself; of those that are spelled the same, the likeliest."""
+        if token.logprob is None:
+            return None
+        found: dict[str, float] = {}
+        for id, logprob in (*token.top[:self.top], (token.id, token.logprob)):  # falling; a cached score may have more of them
+            found.setdefault(self.spell(id), max(logprob, -9999.0))
+        return found
 
-def spelled(model: Model, id: int) -> str:
-    return token_bytes(model, id).decode(errors="replace")
-
-
-def alternatives(model: Model, token: Token, top: int) -> dict[str, float] | None:
-    """Return the likeliest tokens in a token's place, and itself; of those that are spelled the same, the likeliest."""
-    if token.logprob is None:
-        return None
-    found: dict[str, float] = {}
-    for id, logprob in (*token.top[:top], (token.id, token.logprob)):  # falling; a cached score may have more
-        found.setdefault(spelled(model, id), max(logprob, -9999.0))
-    return found
+    def spell(self, id: int) -> str:
+        return self.bytes(id).decode(errors="replace")
 
 
 async def completion_chunks(stream: TokenStream, echoes: list[str | list[int]], include_usage: bool,

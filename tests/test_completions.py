@@ -153,10 +153,10 @@ def test_what_is_spelled_the_same_keeps_the_likelier(server: LocalServer) -> Non
     model = server.engine.model
     pieces = [model.tokenizer.convert_tokens_to_ids(piece) for piece in ("ð", "Ł", "a")]  # bytes that are no character
     token = serve.Token(pieces[1], -3.0, ((pieces[2], -0.5), (pieces[0], -1.0), (pieces[1], -3.0)))
-    assert serve.alternatives(model, token, 3) == {"a": -0.5, "\ufffd": -1.0}
-    assert serve.alternatives(model, token, 1) == {"a": -0.5, "\ufffd": -3.0}
+    assert serve.Spelling(model, 3).alternatives(token) == {"a": -0.5, "\ufffd": -1.0}
+    assert serve.Spelling(model, 1).alternatives(token) == {"a": -0.5, "\ufffd": -3.0}
     impossible = serve.Token(pieces[2], -math.inf)
-    assert serve.alternatives(model, impossible, 0) == {"a": -9999.0}
+    assert serve.Spelling(model, 0).alternatives(impossible) == {"a": -9999.0}
 
 
 @pytest.mark.parametrize("fields, tokens", [({}, 16), ({"max_tokens": None}, 16), ({"max_tokens": 3}, 3), (
