@@ -482,7 +482,7 @@ class Sequence:
     def scored(self, count: int) -> range:
         """Return the positions of the prompt that get a score with the next `count` tokens: those after each of them."""
         first = self.num_computed_tokens + 1
-        return range(first, min(first + count, self.num_prompt_tokens) if self.scoring else first)
+        return range(first, min(first + count, self.num_prompt_tokens)) if self.scoring else range(0)
 
     def hash_blocks(self, block_size: int, count: int) -> list[bytes]:
         """Return the hashes of the first `count` blocks, which must be full of known tokens."""
@@ -2546,9 +2546,9 @@ async def fold_completion(chunks: AsyncIterator[dict[str, Any]]) -> dict[str, An
                 choice = choices.setdefault(part["index"], {**part, "text": "", "logprobs": None})
                 choice["text"] += part["text"]
                 choice["finish_reason"] = part["finish_reason"]
-                if part["logprobs"]:
-                    before = choice["logprobs"] or dict.fromkeys(part["logprobs"], [])
-                    choice["logprobs"] = {name: before[name] + values for name, values in part["logprobs"].items()}
+                choice["logprobs"] = choice["logprobs"] or part["logprobs"] and {name: [] for name in part["logprobs"]}
+                for name, values in (part["logprobs"] or {}).items():
+                    choice["logprobs"][name] += values
     return {**chunk, "choices": [choices[i] for i in sorted(choices)]}
 
 

@@ -200,6 +200,14 @@ def test_prompts_that_cannot_be(server: LocalServer, prompt: object, code: str) 
     assert (response.status_code, response.json()["error"]["code"]) == (400, code)
 
 
+def test_the_longest_prompt(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.engine.model, "max_model_len", 50)
+    answer = complete(server, [[5] * 49], max_tokens=1, logprobs=1, echo=True)
+    assert len(answer["choices"][0]["logprobs"]["tokens"]) == 50 and answer["usage"]["total_tokens"] == 50
+    error = post(server, prompt=[[5] * 50], max_tokens=1).json()["error"]
+    assert error["code"] == "context_length_exceeded" and error["message"].count("50") == 2
+
+
 def test_accepted_without_effect(server: LocalServer) -> None:
     fields = {"best_of": 1, "suffix": "", "user": "me", "unknown": [1], "logprobs": None, "echo": None, "stream": None}
     assert complete(server, FRANCE, **fields)["choices"] == complete(server, FRANCE)["choices"]

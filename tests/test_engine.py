@@ -396,9 +396,9 @@ async def test_the_longest_prompt(max_model_len: int, num_blocks: int, max_len: 
     assert engine.max_len == max_len
     async with trio.open_nursery() as nursery:
         nursery.start_soon(engine.run)
-        stream = engine.submit([serve.Prompt([3] * (max_len - 1))], Params())
+        stream = engine.submit([serve.Prompt([3] * (max_len - 1))], Params(logprobs=0, score_prompt=True))
         assert [ids(answer) for answer in await collect(stream)] == [follow([3] * (max_len - 1), 1)]
-        assert stream.sequences[0].finish_reason == "length"
+        assert stream.sequences[0].finish_reason == "length" and len(sum(stream.sequences[0].scores, [])) == max_len - 1
         nursery.cancel_scope.cancel()
     for length in (max_len, max_len + 1):
         with pytest.raises(serve.APIError) as refusal:

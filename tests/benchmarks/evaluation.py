@@ -44,7 +44,7 @@ def evaluate(model: HFLM | TemplateAPI, prefix: str) -> tuple[float, torch.Tenso
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--repeat", type=int, default=4, help="times 240 tokens before each question (default: %(default)s)")
+    parser.add_argument("--repeat", type=int, default=4, help="times 205 tokens before each question (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="of lm-eval's own model (default: %(default)s)")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
