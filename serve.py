@@ -608,7 +608,7 @@ class Scheduler:
                 for i in range(first, last):
                     digest = seq.hash_blocks(self.pool.block_size, last)[i]
                     self.pool.publish(seq.block_table[i], digest)
-                    if seq.scoring and (i + 1) * self.pool.block_size <= seq.num_prompt_tokens:
+                    if seq.scoring:  # then nothing is known but the prompt
                         self.pool.keep_scores(digest, seq.sampling.logprobs, seq.scores[i])
 
     def preempt(self, seq: Sequence) -> None:
