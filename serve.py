@@ -525,7 +525,7 @@ class Scheduler:
         """Return the next step's batch; every scheduled token has a slot in its sequence's blocks."""
         batch: Batch = {}
         self.budget, self.scored_budget = self.max_batch_tokens, self.max_scored
-        for seq in list(self.running):  # a prompt in chunks is always the youngest of them
+        for seq in list(self.running):  # a prompt in chunks is the youngest of them, but for a scored one: that leaves room
             if seq.block_table:  # not preempted by a sequence before it
                 self.grow(seq, batch)
         self.publish(batch)
@@ -2409,6 +2409,7 @@ async def completions() -> Response:
     """Continue texts."""
     body = await read_body(CompletionRequest)
     refuse(body, COMPLETION_REFUSED)
+    texts = split_prompt(body.prompt)
     if body.max_tokens == 0 and not body.echo:
         raise APIError(400, "max_tokens must be at least 1, but with echo: true.", "invalid_value", "max_tokens")
     engine = await app.models.get(body.model)
@@ -2418,7 +2419,6 @@ async def completions() -> Response:
     if sampling.score_prompt and engine.model.network.config.is_encoder_decoder:
         raise APIError(400, "logprobs with echo are not supported by this model, which does not continue its prompt.",
                        "unsupported_parameter", "logprobs")
-    texts = split_prompt(body.prompt)
     if len(texts) * (body.n or 1) > engine.max_queue:
         raise APIError(400, f"One request can have at most {engine.max_queue} answers here, n to each prompt.",
                        "invalid_value", "prompt")

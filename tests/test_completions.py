@@ -208,6 +208,14 @@ def test_the_longest_prompt(server: LocalServer, monkeypatch: pytest.MonkeyPatch
     assert error["code"] == "context_length_exceeded" and error["message"].count("50") == 2
 
 
+def test_a_prompt_that_is_not_continued_has_no_scores(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.engine.model.network.config, "is_encoder_decoder", True)
+    for fields, status in (({"echo": True, "logprobs": 0}, 400), ({"echo": True}, 200), ({"logprobs": 0}, 200)):
+        response = post(server, prompt=FRANCE, max_tokens=1, **fields)
+        assert response.status_code == status
+        assert status == 200 or response.json()["error"]["param"] == "logprobs"
+
+
 def test_accepted_without_effect(server: LocalServer) -> None:
     fields = {"best_of": 1, "suffix": "", "user": "me", "unknown": [1], "logprobs": None, "echo": None, "stream": None}
     assert complete(server, FRANCE, **fields)["choices"] == complete(server, FRANCE)["choices"]
