@@ -120,11 +120,13 @@ async def test_random_weights(name: str, checkpoint: Path, tmp_path: Path) -> No
         assert [token.logprob for token in tokens] == pytest.approx(logprobs, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["Gemma2", "GptOss", "DeepseekV3", "GPT2", "Mamba", "Falcon"])
-async def test_prompts_are_scored(name: str, checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name, kernel", [("Gemma2", "auto"), ("Gemma2", "sdpa"), ("Gemma2", "eager"), ("GptOss", "auto"), (
+    "DeepseekV3", "auto"), ("GPT2", "auto"), ("Mamba", "auto"), ("Falcon", "auto")])
+async def test_prompts_are_scored(name: str, kernel: str, checkpoint: Path, tmp_path: Path) -> None:
     """In chunks, side by side and from the cache: log-probabilities are those of one forward pass over the whole prompt."""
     folder = random_checkpoint(name, tmp_path, checkpoint)
-    runner, reference = load(folder), transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    runner = load(folder, attn_implementation=kernel)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     first, *others = random_prompts()
     prompts = [first, first[:12], [*first[:16], *others[1]], *others]
     async with running(runner, max_batch_tokens=7) as engine:
