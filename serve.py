@@ -2515,14 +2515,14 @@ async def completion_chunks(stream: TokenStream, echoes: list[str | list[int]], 
     head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()),
             "model": app.models.public_id(model.id)}
     spellings = [Spelling(model, seq.sampling.logprobs) for seq in stream.sequences]
-    to_echo = dict.fromkeys(range(len(stream.sequences))) if echoes else {}
+    to_echo = set(range(len(stream.sequences)) if echoes else ())
     completion_tokens = 0
     async with aclosing(deltas(stream, continuing=True)) as pieces:
         async for piece in pieces:
             completion_tokens += piece.num_tokens
             seq, spelling, text, logprobs = stream.sequences[piece.index], spellings[piece.index], piece.text, None
             if seq.index in to_echo:
-                del to_echo[seq.index]
+                to_echo.remove(seq.index)
                 echo = echoes[seq.index // stream.n]
                 echo = echo if isinstance(echo, str) else model.tokenizer.decode(echo, clean_up_tokenization_spaces=False)
                 spelling.add_prompt(itertools.chain.from_iterable(seq.scores), echo)
