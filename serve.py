@@ -15,12 +15,13 @@ The life of a request, top to bottom of this file and back:
     deltas             turns tokens into text, stops at stop strings; chat_chunks makes them chunks, sent or folded
 
 Contents: Configuration · Paged KV cache · Sequences · Scheduler · Model · Runner · Fusion · Sampling · Engine ·
-Model pool · Prompts · Deltas · HTTP · Sampling fields · Chat completions · Models and health · Main.
+Model pool · Prompts · Deltas · HTTP · Sampling fields · Chat completions · Completions · Models and health · Main.
 Each banner is the name of its test file.
 """
 from __future__ import annotations
 
 import argparse
+import codecs
 import copy
 import functools
 import gc
@@ -50,7 +51,7 @@ from array import array
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import aclosing
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -304,7 +305,8 @@ class BlockPool:
     """Fixed-size blocks, shared by reference count, found again by content hash, evicted least recently released first.
 
     A block is in `free` exactly when nobody refers to it. It keeps its hash, and so its contents can be found again, until
-    it is allocated anew. Block 0 is never handed out: padding is written there.
+    it is allocated anew. Block 0 is never handed out: padding is written there. Of a cached block the pool may keep scores,
+    the log-probabilities of its tokens, which are lost with it.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -314,6 +316,7 @@ class BlockPool:
         self.references = [0] * num_blocks
         self.hashes: list[bytes | None] = [None] * num_blocks
         self.cached: dict[bytes, int] = {}
+        self.scores: dict[bytes, tuple[int, list[Token]]] = {}  # how many alternatives each token has, and a block's tokens
 
     @property
     def capacity(self) -> int:
@@ -332,9 +335,7 @@ class BlockPool:
         for block in blocks:
             del self.free[block]
             self.references[block] = 1
-            if (digest := self.hashes[block]) is not None:
-                del self.cached[digest]
-                self.hashes[block] = None
+            self.unpublish(block)
         return blocks
 
     def share(self, hashes: Iterable[bytes]) -> list[int]:
@@ -354,6 +355,23 @@ class BlockPool:
             self.hashes[block] = digest
             self.cached[digest] = block
 
+    def unpublish(self, block: int) -> None:
+        """Forget what a block holds."""
+        if (digest := self.hashes[block]) is not None:
+            del self.cached[digest]
+            self.scores.pop(digest, None)
+            self.hashes[block] = None
+
+    def keep_scores(self, digest: bytes, top: int, tokens: list[Token]) -> None:
+        """Keep the scores of a cached block, unless there are some with as many alternatives. They may be yet to come."""
+        if digest in self.cached and self.scores.get(digest, (-1,))[0] < top:
+            self.scores[digest] = top, tokens
+
+    def find_scores(self, hashes: Iterable[bytes], top: int) -> list[list[Token]]:
+        """Return the scores of the longest run of blocks, from the first, that have them with `top` alternatives."""
+        found = (self.scores.get(digest, (-1, [])) for digest in hashes)
+        return [tokens for _, tokens in itertools.takewhile(lambda scores: scores[0] >= top, found)]
+
     def release(self, blocks: list[int]) -> None:
         """Let go of blocks; the end of the list is evicted first, since the start of a prompt is shared most."""
         for block in reversed(blocks):
@@ -367,9 +385,7 @@ class BlockPool:
     def forget(self) -> None:
         """Drop every cached block that nobody refers to from the prefix cache."""
         for block in self.free:
-            if (digest := self.hashes[block]) is not None:
-                del self.cached[digest]
-                self.hashes[block] = None
+            self.unpublish(block)
 
 
 def block_hash(parent: bytes, token_ids: list[int]) -> bytes:
@@ -407,11 +423,12 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()  # the model's own end of sequence among them unless ignored
     logprobs: int | None = None  # None: no log-probabilities; k: of the chosen token and of the k most likely
+    score_prompt: bool = False  # the prompt's tokens get log-probabilities too
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A generated token; log-probabilities are of the model's raw logits."""
+    """A token, generated or of a scored prompt; log-probabilities are of the model's raw logits."""
 
     id: int
     logprob: float | None = None
@@ -422,7 +439,9 @@ class Token:
 class Sequence:
     """One answer in the making: known tokens, how many of them are computed, and the blocks that hold those.
 
-    `token_ids` is the prompt and everything generated; the KV cache holds the first `num_computed_tokens` of it.
+    `token_ids` is the prompt and everything generated; the KV cache holds the first `num_computed_tokens` of it, those of
+    `num_shared_tokens` in blocks of others. `scores` has the prompt's tokens, block by block, once they are scored; the lists
+    are shared with the prefix cache.
     """
 
     token_ids: list[int]
@@ -433,9 +452,11 @@ class Sequence:
     stream: TokenStream
     index: int
     num_computed_tokens: int = 0
+    num_shared_tokens: int = 0
     num_cached_tokens: int | None = None  # of the prompt, found in the prefix cache at the first admission
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
+    scores: list[list[Token]] = field(default_factory=list)
     arrived: list[Token] = field(default_factory=list)  # generated since the stream was last looked at
     finish_reason: str | None = None
     error: APIError | None = None
@@ -453,6 +474,16 @@ class Sequence:
     def ended(self) -> bool:
         return self.finish_reason is not None or self.stream.closed
 
+    @property
+    def scoring(self) -> bool:
+        """Whether the prompt's tokens get log-probabilities as they are computed: that ends with the first answer."""
+        return self.sampling.score_prompt and not self.num_generated_tokens
+
+    def scored(self, count: int) -> range:
+        """Return the positions of the prompt that get a score with the next `count` tokens: those after each of them."""
+        first = self.num_computed_tokens + 1
+        return range(first, min(first + count, self.num_prompt_tokens)) if self.scoring else range(0)
+
     def hash_blocks(self, block_size: int, count: int) -> list[bytes]:
         """Return the hashes of the first `count` blocks, which must be full of known tokens."""
         while len(self.block_hashes) < count:
@@ -466,6 +497,7 @@ class Sequence:
 # Decides, once per step, which sequences run and how many tokens each may compute.
 
 Batch = dict[Sequence, int]  # sequence → number of its tokens that this step computes, in the order of the rows
+MAX_SCORED = 1024  # tokens of scored prompts in a step: each has a row of logits, as wide as the vocabulary
 
 
 def sampled(batch: Batch) -> list[Sequence]:
@@ -480,9 +512,10 @@ class Scheduler:
         self.pool, self.max_running, self.paged = pool, max_running, paged
         # Without paging there is no prefix cache, and a prompt goes through in one piece: recurrent states need it.
         self.max_batch_tokens = max_batch_tokens if paged else sys.maxsize
+        self.max_scored = MAX_SCORED if paged else sys.maxsize
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
-        self.budget = 0  # tokens that the step being scheduled has left
+        self.budget = self.scored_budget = 0  # tokens that the step being scheduled has left, and those of scored prompts
 
     @property
     def idle(self) -> bool:
@@ -491,20 +524,24 @@ class Scheduler:
     def schedule(self) -> Batch:
         """Return the next step's batch; every scheduled token has a slot in its sequence's blocks."""
         batch: Batch = {}
-        self.budget = self.max_batch_tokens
-        for seq in list(self.running):  # a prompt in chunks is always the youngest of them
+        self.budget, self.scored_budget = self.max_batch_tokens, self.max_scored
+        for seq in list(self.running):  # a prompt in chunks is the youngest of them, but for a scored one: that leaves room
             if seq.block_table:  # not preempted by a sequence before it
                 self.grow(seq, batch)
         self.publish(batch)
-        while self.waiting and self.budget and len(self.running) < self.max_running:
+        while self.waiting and self.room(self.waiting[0]) and len(self.running) < self.max_running:
             if not self.admit(self.waiting[0], batch):
                 break
         assert batch or self.idle
         return batch
 
+    def room(self, seq: Sequence) -> int:
+        """Return how many of a sequence's tokens the step can still take."""
+        return min(self.budget, self.scored_budget) if seq.scoring else self.budget
+
     def grow(self, seq: Sequence, batch: Batch) -> None:
         """Schedule a running sequence's next tokens, taking blocks from the youngest if there are no others."""
-        count = min(len(seq.token_ids) - seq.num_computed_tokens, self.budget)
+        count = min(len(seq.token_ids) - seq.num_computed_tokens, self.room(seq))
         if count == 0:
             return
         while (blocks := self.pool.allocate(self.missing(seq, seq.num_computed_tokens + count))) is None:
@@ -519,26 +556,45 @@ class Scheduler:
         """Move the first waiting sequence to the running ones, if all of its known tokens can have blocks."""
         if self.pool.blocks_for(len(seq.token_ids)) > len(self.pool.free) + len(seq.block_hashes):
             return False  # even if every hash is found
-        if self.paged:  # at least one token is left to compute, so that there are logits
-            full = (len(seq.token_ids) - 1) // self.pool.block_size
-            seq.block_table = self.pool.share(seq.hash_blocks(self.pool.block_size, full))
+        if self.paged:
+            seq.block_table = self.pool.share(self.shareable(seq))
         blocks = self.pool.allocate(self.missing(seq, len(seq.token_ids)))
         if blocks is None:
             self.release(seq)
             return False
-        seq.num_computed_tokens = len(seq.block_table) * self.pool.block_size
+        seq.num_computed_tokens = seq.num_shared_tokens = len(seq.block_table) * self.pool.block_size
+        if seq.scoring:
+            self.open_scores(seq)
         if seq.num_cached_tokens is None:
             seq.num_cached_tokens = seq.num_computed_tokens
         seq.block_table += blocks
         self.waiting.popleft()
         self.running.append(seq)
-        self.add(seq, min(len(seq.token_ids) - seq.num_computed_tokens, self.budget), batch)
+        self.add(seq, min(len(seq.token_ids) - seq.num_computed_tokens, self.room(seq)), batch)
         self.publish({seq: batch[seq]})
         return True
+
+    def shareable(self, seq: Sequence) -> list[bytes]:
+        """Return the hashes of the blocks that a sequence could share: a scored prompt needs those that have scores."""
+        full = (len(seq.token_ids) - 1) // self.pool.block_size  # at least one token is left to compute: logits are needed
+        hashes = seq.hash_blocks(self.pool.block_size, full)
+        return hashes[:len(self.pool.find_scores(hashes, seq.sampling.logprobs))] if seq.scoring else hashes
+
+    def open_scores(self, seq: Sequence) -> None:
+        """Take over the scores of the shared blocks, and begin those of the others.
+
+        The last shared token is computed again, for its logits, which score the first of the others: it is not written again.
+        """
+        seq.num_computed_tokens = max(0, seq.num_shared_tokens - 1)
+        seq.scores = self.pool.find_scores(seq.block_hashes[:len(seq.block_table)], seq.sampling.logprobs)
+        seq.scores += [[] for _ in range(len(seq.scores), self.pool.blocks_for(seq.num_prompt_tokens))]
+        if not seq.scores[0]:
+            seq.scores[0].append(Token(seq.token_ids[0]))  # nothing comes before it
 
     def add(self, seq: Sequence, count: int, batch: Batch) -> None:
         batch[seq] = count
         self.budget -= count
+        self.scored_budget -= count if seq.scoring else 0
 
     def missing(self, seq: Sequence, num_tokens: int) -> int:
         return max(0, self.pool.blocks_for(num_tokens) - len(seq.block_table))
@@ -550,7 +606,10 @@ class Scheduler:
                 first = seq.num_computed_tokens // self.pool.block_size
                 last = (seq.num_computed_tokens + count) // self.pool.block_size
                 for i in range(first, last):
-                    self.pool.publish(seq.block_table[i], seq.hash_blocks(self.pool.block_size, last)[i])
+                    digest = seq.hash_blocks(self.pool.block_size, last)[i]
+                    self.pool.publish(seq.block_table[i], digest)
+                    if seq.scoring:  # then nothing is known but the prompt
+                        self.pool.keep_scores(digest, seq.sampling.logprobs, seq.scores[i])
 
     def preempt(self, seq: Sequence) -> None:
         """Take a running sequence's blocks; it waits first in line and will be computed again."""
@@ -838,12 +897,12 @@ class Ragged:
     block_tables: Tensor  # [sequences, blocks] int32, padded with 0
     cu_seqlens_q: Tensor  # [sequences + 1] int32: where each sequence's rows start
     seq_lens: Tensor  # [sequences] int32: tokens in the cache once this step's are written
-    logits_rows: Tensor  # [samples] int64: the last row of each sequence that gets a token
+    logits_rows: Tensor  # [samples] int64: the last row of each sequence that gets a token, then those before scored tokens
 
 
 def ragged(batch: Batch, block_size: int, device: torch.device) -> Ragged:
     """Lay a batch out as tensors."""
-    ids, positions, slots, rows = (array("q") for _ in range(4))
+    ids, positions, slots, rows, scoring = (array("q") for _ in range(5))
     tables, starts, lens = array("i"), array("i", [0]), array("i")
     width = max(len(seq.block_table) for seq in batch)
     for seq, count in batch.items():
@@ -851,6 +910,9 @@ def ragged(batch: Batch, block_size: int, device: torch.device) -> Ragged:
         ids.extend(seq.token_ids[start:end])
         positions.extend(range(start, end))
         slots.extend([table[p // block_size] * block_size + p % block_size for p in range(start, end)])
+        if start < seq.num_shared_tokens:  # written already, by another: block 0 is for what nobody reads
+            slots[len(ids) - count] = 0
+        scoring.extend([len(ids) - end + p - 1 for p in seq.scored(count)])
         tables.extend(table + [0] * (width - len(table)))
         starts.append(len(ids))
         lens.append(end)
@@ -861,7 +923,7 @@ def ragged(batch: Batch, block_size: int, device: torch.device) -> Ragged:
         return torch.frombuffer(values, dtype=torch.int64 if values.typecode == "q" else torch.int32).to(device)
 
     return Ragged(tensor(ids)[None], tensor(positions)[None], tensor(slots), tensor(tables).view(len(batch), width),
-                  tensor(starts), tensor(lens), tensor(rows or array("q", [0])))
+                  tensor(starts), tensor(lens), tensor(rows + scoring or array("q", [0])))
 
 
 def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
@@ -918,7 +980,7 @@ class PagedRunner:
             self.layer_cache(layer, k, v)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return the logits [samples, vocab] of the sequences that this batch computes to their end."""
+        """Return the logits [samples, vocab] of the sequences that this batch computes to their end, then of scored tokens."""
         self.batch = ragged(batch, self.block_size, self.model.device)
         _step.runner = self
         keep = {"logits_to_keep": self.batch.logits_rows} if self.keeps_logits else {}
@@ -939,22 +1001,24 @@ class SequentialRunner:
         self.token_bytes = 0  # by which a sequence's cache grows with each token; found by the self-test
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return the logits [samples, vocab]; every sequence of a batch is computed to its end.
+        """Return the logits [samples, vocab] as the other runner does; every sequence of a batch is computed to its end.
 
         The code that runs here is the model's own, and may fail on one prompt: then that sequence has an error.
         """
         rows = []
-        for seq in batch:
+        for seq, count in batch.items():
+            scored = len(seq.scored(count))
             try:
-                rows.append(self.last_logits(seq))
+                rows.append(self.last_logits(seq, scored))
             except Exception as error:
                 log.error("%s: a sequence failed", self.model.id, exc_info=error)
                 seq.error = APIError(500, "The model failed on this prompt.", "model_failed")
-                rows.append(torch.zeros(1, self.model.vocab_size, dtype=self.model.network.dtype, device=self.model.device))
-        return torch.cat(rows)
+                rows.append(torch.zeros(1 + scored, self.model.vocab_size, dtype=self.model.network.dtype,
+                                        device=self.model.device))
+        return torch.cat([logits[:1] for logits in rows] + [logits[1:] for logits in rows])
 
-    def last_logits(self, seq: Sequence) -> Tensor:
-        """Compute what is not computed of one sequence, and return its last logits [1, vocab]."""
+    def last_logits(self, seq: Sequence, scored: int = 0) -> Tensor:
+        """Compute what is not computed of one sequence, and return its last logits and its first [1 + scored, vocab]."""
         network, device = self.model.network, self.model.device
         known = torch.tensor([seq.token_ids], device=device)  # [1, tokens]
         if first := seq.cache is None:
@@ -973,7 +1037,7 @@ class SequentialRunner:
         logits = out.logits[:, -1]
         if not seq.generated and (forced := self.model.generation.forced_bos_token_id) is not None:
             logits = torch.full_like(logits, -math.inf).index_fill_(1, torch.tensor([forced], device=device), 0)
-        return logits
+        return torch.cat([logits, out.logits[0, :scored]])
 
 
 Runner = PagedRunner | SequentialRunner
@@ -1374,6 +1438,17 @@ def with_logprobs(logits: Tensor, ids: list[int], sequences: list[Sequence]) -> 
             for id, logprob, top_ids, top, seq in zip(ids, chosen, indices.tolist(), values.tolist(), sequences)]
 
 
+def score(logits: Tensor, batch: Batch) -> dict[Sequence, list[Token]]:
+    """Return the tokens of prompts that the batch gives log-probabilities, from the raw logits [tokens, vocab] before them."""
+    wanted = [(seq, seq.token_ids[p]) for seq, count in batch.items() for p in seq.scored(count)]
+    scores: dict[Sequence, list[Token]] = {}
+    for start in range(0, len(wanted), 64):  # in float32 the rows take twice the memory, and once more
+        sequences, ids = zip(*wanted[start:start + 64])
+        for seq, token in zip(sequences, with_logprobs(logits[start:start + 64], ids, sequences)):
+            scores.setdefault(seq, []).append(token)
+    return scores
+
+
 # ── Engine ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 # The waist: `submit` gives HTTP a stream of tokens, `step` moves every sequence on by one turn of the batch.
 
@@ -1541,8 +1616,20 @@ class Engine:
         self.scheduler.drop_ended()
         if batch := self.scheduler.schedule():
             receivers = sampled(batch)
-            tokens = await self.thread(lambda: sample(self.runner.forward(batch), receivers))
+            tokens, scores = await self.thread(functools.partial(self.compute, batch, receivers))
+            self.deliver_scores(scores)
             self.deliver(batch, receivers, tokens)
+
+    def compute(self, batch: Batch, receivers: list[Sequence]) -> tuple[list[Token], dict[Sequence, list[Token]]]:
+        """Run the batch, and return the token that each receiver gets and the scored tokens of prompts."""
+        logits = self.runner.forward(batch)
+        return sample(logits[:len(receivers)], receivers), score(logits[len(receivers):], batch)
+
+    def deliver_scores(self, scores: dict[Sequence, list[Token]]) -> None:
+        """Add to each sequence's scores, even if it has left: others may share them."""
+        for seq, tokens in scores.items():
+            for position, token in enumerate(tokens, seq.num_computed_tokens + 1):
+                seq.scores[position // self.scheduler.pool.block_size].append(token)
 
     def deliver(self, batch: Batch, receivers: list[Sequence], tokens: list[Token]) -> None:
         """Give each sequence its token, see whether that was its last, and wake the request's task."""
@@ -1550,14 +1637,15 @@ class Engine:
             seq.num_computed_tokens += count
         for seq, token in zip(receivers, tokens, strict=True):
             if not seq.ended:
-                seq.token_ids.append(token.id)
-                seq.arrived.append(token)
+                if seq.sampling.max_tokens != 0:  # nothing but scores are wanted
+                    seq.token_ids.append(token.id)
+                    seq.arrived.append(token)
                 seq.finish_reason = "error" if seq.error else self.finish_reason(seq, token)
                 seq.stream.tell(seq)
 
     def finish_reason(self, seq: Sequence, token: Token) -> str | None:
         """Return why the sequence ends with this token, or None if it goes on."""
-        if token.id in seq.sampling.stop_token_ids:
+        if token.id in seq.sampling.stop_token_ids and seq.num_generated_tokens:
             return "stop"
         full = seq.num_generated_tokens == seq.sampling.max_tokens or len(seq.token_ids) >= self.max_len
         return "length" if full else None
@@ -1567,14 +1655,15 @@ class Detokenizer:
     """Turns one sequence's tokens into text, whole characters at a time, and finds its stop strings.
 
     Text that may be the start of a stop string is held back until it is known not to be; a stop string is never part of
-    what is returned, nor is anything after it.
+    what is returned, nor is anything after it. `before` are the tokens that the text goes on from, if it does.
     """
 
-    def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase, stop: tuple[str, ...]) -> None:
+    def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase, stop: tuple[str, ...],
+                 before: Iterable[int] = ()) -> None:
         self.decode = functools.partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         self.stop = stop
-        self.ids: list[int] = []
-        self.start = self.shown = 0  # ids[start:shown] is context, already text; ids[shown:] may end amid a character
+        self.ids = list(before)
+        self.start, self.shown = 0, len(self.ids)  # ids[start:shown] is text already; ids[shown:] may end amid a character
         self.held = ""
         self.stopped = False
 
@@ -1870,13 +1959,18 @@ class Delta:
     tokens: list[Token]  # those behind the text, and behind text still held back
     num_tokens: int  # generated, the one that stops included
     finish_reason: str | None
+    end: list[Token] = field(default_factory=list)  # the token that stops, which has no text
 
 
-async def deltas(stream: TokenStream) -> AsyncIterator[Delta]:
-    """Queue the stream's sequences and yield their text as it becomes certain; closing this aborts them."""
+async def deltas(stream: TokenStream, continuing: bool = False) -> AsyncIterator[Delta]:
+    """Queue the stream's sequences and yield their text as it becomes certain; closing this aborts them.
+
+    `continuing`: the text goes on where the prompt ends.
+    """
     async with stream:
         tokenizer = stream.engine.model.tokenizer
-        texts = [Detokenizer(tokenizer, seq.sampling.stop) for seq in stream.sequences]
+        texts = [Detokenizer(tokenizer, seq.sampling.stop, seq.token_ids[-8:] if continuing else ())
+                 for seq in stream.sequences]
         async for seq, tokens in stream:
             if seq.error:
                 raise seq.error
@@ -1897,7 +1991,8 @@ def delta(stream: TokenStream, seq: Sequence, tokens: list[Token], text: Detoken
             return Delta(seq.index, "".join(pieces), visible[:used], used, "stop")
     if seq.finish_reason:
         pieces.append(text.add([], last=True))
-    return Delta(seq.index, "".join(pieces), visible, len(tokens), "stop" if text.stopped else seq.finish_reason)
+    return Delta(seq.index, "".join(pieces), visible, len(tokens), "stop" if text.stopped else seq.finish_reason,
+                 tokens[len(visible):])
 
 
 # ── HTTP ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2128,7 +2223,7 @@ def sampling_params(body: SamplingFields, model: Model, logprobs: int | None) ->
         raise APIError(400, "stop has more than 1024 strings.", "invalid_value", "stop")
     if "" in stop:
         raise APIError(400, "stop must not contain an empty string.", "invalid_value", "stop")
-    if body.min_tokens and body.max_tokens and body.min_tokens > body.max_tokens:
+    if body.min_tokens and body.max_tokens is not None and body.min_tokens > body.max_tokens:
         raise APIError(400, f"min_tokens is more than max_tokens, {body.max_tokens}.", "invalid_value", "min_tokens")
     if body.seed is not None and not -(2**63) <= body.seed < 2**64:
         raise APIError(400, "seed must have at most 64 bits.", "invalid_value", "seed")
@@ -2277,6 +2372,229 @@ async def fold_chat(chunks: AsyncIterator[dict[str, Any]]) -> dict[str, Any]:
                     choice["logprobs"]["content"] += part["logprobs"]["content"]
     head = {key: chunk[key] for key in ("id", "created", "model")}
     return {**head, "object": "chat.completion", "choices": [choices[i] for i in sorted(choices)], "usage": chunk["usage"]}
+
+
+# ── Completions ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# POST /v1/completions, /tokenize, /detokenize, GET /tokenizer_info: text as it stands, and what evaluations score it with.
+
+
+# Known but not done, as for chat.
+COMPLETION_REFUSED: dict[str, tuple] = {
+    "best_of": (1,), "response_format": ({"type": "text"},), "structured_outputs": (), "guided_json": (), "guided_regex": (),
+    "guided_choice": (), "guided_grammar": (), "guided_whitespace_pattern": (), "prompt_logprobs": (), "prompt_embeds": (),
+    "use_beam_search": (False,), "length_penalty": (1.0,), "bad_words": ([],), "allowed_token_ids": (),
+    "include_stop_str_in_output": (False,), "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,),
+    "truncate_prompt_tokens": (), "return_tokens_as_token_ids": (False,), "return_token_ids": (False,),
+    "logits_processors": ([],), "kv_transfer_params": (), "service_tier": ("auto", "default"),
+}
+CompletionRefused = msgspec.defstruct("CompletionRefused", [(name, Any, None) for name in COMPLETION_REFUSED],
+                                      bases=(SamplingFields,), kw_only=True)
+TokenIds = list[Count]
+# Of models that were taught it: what stands before the text, between text and suffix, and where to fill in.
+FILL_IN_THE_MIDDLE = [("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"), ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+                      ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>")]
+
+
+class CompletionRequest(CompletionRefused, kw_only=True):
+    """https://platform.openai.com/docs/api-reference/completions/create, and what vLLM adds to it."""
+
+    prompt: str | list[str | Count | TokenIds]
+    max_tokens: Count | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    suffix: str | None = None
+    add_special_tokens: bool | None = None
+
+
+@app.post("/v1/completions")
+async def completions() -> Response:
+    """Continue texts."""
+    body = await read_body(CompletionRequest)
+    refuse(body, COMPLETION_REFUSED)
+    texts = split_prompt(body.prompt)
+    if body.max_tokens == 0 and not body.echo:
+        raise APIError(400, "max_tokens must be at least 1, but with echo: true.", "invalid_value", "max_tokens")
+    engine = await app.models.get(body.model)
+    sampling = sampling_params(body, engine.model, body.logprobs)
+    sampling = replace(sampling, max_tokens=first_of(sampling.max_tokens, 16),
+                       score_prompt=bool(body.echo) and body.logprobs is not None)
+    if sampling.score_prompt and engine.model.network.config.is_encoder_decoder:
+        raise APIError(400, "logprobs with echo are not supported by this model, which does not continue its prompt.",
+                       "unsupported_parameter", "logprobs")
+    if len(texts) * (body.n or 1) > engine.max_queue:
+        raise APIError(400, f"One request can have at most {engine.max_queue} answers here, n to each prompt.",
+                       "invalid_value", "prompt")
+    if body.suffix:
+        if body.echo:
+            raise APIError(400, "echo is not supported beside suffix.", "unsupported_parameter", "echo")
+        texts = [with_suffix(engine.model, text, body.suffix) for text in texts]
+    read = functools.partial(read_prompts, engine.model, texts, body.add_special_tokens is not False)
+    stream = engine.submit(await trio.to_thread.run_sync(read, limiter=app.rendering), sampling, body.n or 1)
+    chunks = completion_chunks(stream, texts if body.echo else [],
+                               not body.stream or bool(body.stream_options and body.stream_options.include_usage))
+    return event_stream(chunks) if body.stream else json_response(await fold_completion(chunks))
+
+
+def split_prompt(prompt: str | list) -> list[str | list[int]]:
+    """Return the prompts that a request's `prompt` holds. Raises APIError 400 unless it is of one of the four forms."""
+    kinds = {str} if isinstance(prompt, str) else set(map(type, prompt))
+    if len(kinds) != 1:
+        raise APIError(400, "prompt must be a string, or a list of strings, of token ids, or of lists of token ids.",
+                       "invalid_value", "prompt")
+    return [prompt] if isinstance(prompt, str) or kinds == {int} else prompt
+
+
+def with_suffix(model: Model, text: str | list[int], suffix: str) -> str:
+    """Return the prompt that makes a model fill in what comes between a text and its suffix. Raises APIError 400."""
+    known = model.tokenizer.get_added_vocab()
+    signs = next((signs for signs in FILL_IN_THE_MIDDLE if known.keys() >= set(signs)), None)
+    if signs is None or not isinstance(text, str):
+        why = "beside token ids" if signs else "by this model, which has no tokens to fill in the middle"
+        raise APIError(400, f"suffix is not supported {why}.", "unsupported_parameter", "suffix")
+    return f"{signs[0]}{text}{signs[1]}{suffix}{signs[2]}"
+
+
+def read_prompts(model: Model, texts: list[str | list[int]], add_special_tokens: bool) -> list[Prompt]:
+    """Return prompts as token ids; those that are so already are left alone. Raises APIError 400. May take a while."""
+    return [Prompt(tokenize(model, text, add_special_tokens) if isinstance(text, str) else text) for text in texts]
+
+
+class Spelling:
+    """How the tokens of one answer are spelled, and where in its text each begins.
+
+    A token waits for its text, which a stop string may withhold.
+    """
+
+    def __init__(self, model: Model, top: int | None) -> None:
+        self.model, self.top = model, top
+        self.bytes = functools.cache(functools.partial(token_bytes, model))
+        self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self.end = 0  # of the characters that the tokens so far spell
+        self.shown = 0  # of the text that was sent
+        self.waiting: list[tuple[Token, int]] = []  # with their offsets
+
+    def add(self, tokens: Iterable[Token]) -> None:
+        """Take generated tokens, of which the special ones are no text."""
+        for token in tokens:
+            self.waiting.append((token, self.end))
+            if token.id not in self.model.special_ids:
+                self.end += len(self.decode(self.bytes(token.id)))
+
+    def add_prompt(self, tokens: Iterable[Token], text: str) -> None:
+        """Take the tokens of an echoed text, which may lack a special token or a space that its tokenizer put before it."""
+        for token in tokens:
+            self.waiting.append((token, self.end))
+            piece = self.decode(self.bytes(token.id))
+            self.end += len(next(piece for piece in (piece, piece[1:], "") if text.startswith(piece, self.end)))
+
+    def logprobs(self, text: str, last: bool) -> dict[str, list] | None:
+        """Return the log-probabilities of the tokens that begin in the text sent so far, this included; at last of all."""
+        self.shown += len(text)
+        count = len(self.waiting) if last else sum(offset < self.shown for _, offset in self.waiting)
+        ready, self.waiting = self.waiting[:count], self.waiting[count:]
+        return {"tokens": [self.spell(token.id) for token, _ in ready],
+                "token_logprobs": [token.logprob and max(token.logprob, -9999.0) for token, _ in ready],
+                "top_logprobs": [self.alternatives(token) for token, _ in ready],
+                "text_offset": [min(offset, self.shown) for _, offset in ready]} if ready else None
+
+    def alternatives(self, token: Token) -> dict[str, float] | None:
+        """Return the likeliest tokens in a token's place, and itself; of those that are spelled the same, the likeliest."""
+        if token.logprob is None:
+            return None
+        found: dict[str, float] = {}
+        for id, logprob in (*token.top[:self.top], (token.id, token.logprob)):  # falling; a cached score may have more of them
+            found.setdefault(self.spell(id), max(logprob, -9999.0))
+        return found
+
+    def spell(self, id: int) -> str:
+        return self.bytes(id).decode(errors="replace")
+
+
+async def completion_chunks(stream: TokenStream, echoes: list[str | list[int]], include_usage: bool,
+                            ) -> AsyncIterator[dict[str, Any]]:
+    """Yield the chunks of a completion, at last the usage if wanted; `echoes` are the prompts where answers begin with them."""
+    model = stream.engine.model
+    head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()),
+            "model": app.models.public_id(model.id)}
+    spellings = [Spelling(model, seq.sampling.logprobs) for seq in stream.sequences]
+    to_echo = set(range(len(stream.sequences)) if echoes else ())
+    completion_tokens = 0
+    async with aclosing(deltas(stream, continuing=True)) as pieces:
+        async for piece in pieces:
+            completion_tokens += piece.num_tokens
+            seq, spelling, text, logprobs = stream.sequences[piece.index], spellings[piece.index], piece.text, None
+            if seq.index in to_echo:
+                to_echo.remove(seq.index)
+                echo = echoes[seq.index // stream.n]
+                echo = echo if isinstance(echo, str) else model.tokenizer.decode(echo, clean_up_tokenization_spaces=False)
+                spelling.add_prompt(itertools.chain.from_iterable(seq.scores), echo)
+                text = echo + text
+            if seq.sampling.logprobs is not None:
+                spelling.add([*piece.tokens, *piece.end])
+                logprobs = spelling.logprobs(text, last=bool(piece.finish_reason))
+            if text or logprobs or piece.finish_reason:
+                choice = {"index": seq.index, "text": text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
+                yield {**head, "choices": [choice]}
+    if include_usage:
+        yield {**head, "choices": [], "usage": usage(stream, completion_tokens)}
+
+
+async def fold_completion(chunks: AsyncIterator[dict[str, Any]]) -> dict[str, Any]:
+    """Fold the chunks of a stream into the answer that is not streamed."""
+    choices: dict[int, dict[str, Any]] = {}
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            for part in chunk["choices"]:
+                choice = choices.setdefault(part["index"], {**part, "text": "", "logprobs": None})
+                choice["text"] += part["text"]
+                choice["finish_reason"] = part["finish_reason"]
+                choice["logprobs"] = choice["logprobs"] or part["logprobs"] and {name: [] for name in part["logprobs"]}
+                for name, values in (part["logprobs"] or {}).items():
+                    choice["logprobs"][name] += values
+    return {**chunk, "choices": [choices[i] for i in sorted(choices)]}
+
+
+class TokenizeRequest(msgspec.Struct):
+    prompt: str
+    model: str | None = None
+    add_special_tokens: bool | None = None
+    messages: Any = None
+    return_token_strs: Any = None
+
+
+class DetokenizeRequest(msgspec.Struct):
+    tokens: TokenIds
+    model: str | None = None
+
+
+@app.post("/tokenize")
+async def tokenize_text() -> Response:
+    """Answer with the token ids of a text, however long."""
+    body = await read_body(TokenizeRequest)
+    refuse(body, {"messages": (), "return_token_strs": (False,)})
+    engine = await app.models.get(body.model)
+    read = functools.partial(engine.model.tokenizer, body.prompt, add_special_tokens=body.add_special_tokens is not False)
+    ids = (await trio.to_thread.run_sync(read, limiter=app.rendering))["input_ids"]
+    return json_response({"tokens": ids, "count": len(ids), "max_model_len": engine.max_len})
+
+
+@app.post("/detokenize")
+async def detokenize() -> Response:
+    """Answer with the text of token ids, special ones included."""
+    body = await read_body(DetokenizeRequest)
+    model = (await app.models.get(body.model)).model
+    if max(body.tokens, default=0) >= model.vocab_size:
+        raise APIError(400, f"tokens has a token id outside the vocabulary of {model.vocab_size}.", "invalid_value", "tokens")
+    read = functools.partial(model.tokenizer.decode, body.tokens, clean_up_tokenization_spaces=False)
+    return json_response({"prompt": await trio.to_thread.run_sync(read, limiter=app.rendering)})
+
+
+@app.get("/tokenizer_info")
+async def tokenizer_info() -> Response:
+    """Answer with what a client needs to know to do without the tokenizer."""
+    tokenizer = (await app.models.get(request.args.get("model"))).model.tokenizer
+    names = ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template")
+    return json_response({"tokenizer_class": type(tokenizer).__name__, **{name: getattr(tokenizer, name) for name in names}})
 
 
 # ── Models and health ─────────────────────────────────────────────────────────────────────────────────────────────────

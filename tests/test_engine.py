@@ -35,6 +35,8 @@ class TokenCacheRunner:
         for seq, slots in spans.items():
             self.cache |= {slot: seq.token_ids[p] for p, slot in enumerate(slots) if p >= seq.num_computed_tokens}
         rows = [next_token([self.cache[slot] for slot in spans[seq]]) for seq in serve.sampled(batch)]
+        rows += [next_token([self.cache[slot] for slot in spans[seq][:p]]) for seq, count in batch.items()
+                 for p in seq.scored(count)]
         return torch.nn.functional.one_hot(torch.tensor(rows, dtype=torch.int64), self.vocab).float() * 9
 
 
@@ -153,7 +155,9 @@ async def test_random_lives(seed: int) -> None:
         batch = [serve.Prompt([*stem, rng.randrange(3)]) for _ in range(rng.randint(1, 2))]
         n, wanted = rng.randint(1, 3), rng.randint(1, 12)
         patience = rng.choice([0, 3, 1000, 1000])
-        stream = engine.submit(batch, Params(max_tokens=wanted, stop_token_ids=frozenset({EOS})), n)
+        score = rng.choice([None, None, 0, 2])
+        stream = engine.submit(batch, Params(max_tokens=wanted, stop_token_ids=frozenset({EOS}), logprobs=score,
+                                             score_prompt=score is not None), n)
         answers: list[list[int]] = [[] for _ in stream.sequences]
         async with stream:
             async for seq, tokens in stream:
@@ -162,6 +166,10 @@ async def test_random_lives(seed: int) -> None:
                     break
         for i, answer in enumerate(answers):
             prompt = batch[i // n].token_ids
+            if score is not None and (answer or patience >= 0):
+                scores = sum(stream.sequences[i].scores, [])
+                assert ids(scores) == prompt and [token.logprob > -1 for token in scores[1:]] == [
+                    prompt[p] == next_token(prompt[:p]) for p in range(1, len(prompt))]
             expected = follow(prompt, min(wanted, longest - len(prompt)), frozenset({EOS}))
             assert answer == (expected if patience >= 0 else expected[:len(answer)])
             if patience >= 0:
@@ -319,6 +327,57 @@ async def test_stop_tokens_and_min_tokens(min_tokens: int) -> None:
         assert ids(got)[:2] == answer[:2] and not stop & set(ids(got)[:4]) and len(got) >= 4
 
 
+async def test_nothing_but_scores() -> None:
+    engine = make_engine()
+    prompt, stop = [5, 6, 7], frozenset({next_token([5, 6, 7])})
+    stream = engine.submit([serve.Prompt(prompt)], Params(max_tokens=0, logprobs=0, score_prompt=True, stop_token_ids=stop))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(engine.run)
+        assert await collect(stream) == [[]]
+        nursery.cancel_scope.cancel()
+    (seq,) = stream.sequences
+    assert (seq.finish_reason, ids(sum(seq.scores, []))) == ("length", prompt)
+    engine.scheduler.drop_ended()
+    assert_all_free(engine)
+
+
+async def test_who_leaves_amid_a_step_still_scores_what_others_share() -> None:
+    engine = make_engine(max_batch_tokens=100)
+    prompt, params = serve.Prompt(list(range(11))), Params(max_tokens=1, logprobs=0, score_prompt=True)
+    engine.thread = lambda function: (leaver.__setattr__("closed", True), inline(function))[1]
+    async with engine.submit([prompt], params) as leaver, engine.submit([prompt], params) as stayer:
+        await engine.step()
+    assert stayer.sequences[0].num_shared_tokens == 8
+    assert ids(sum(stayer.sequences[0].scores, [])) == prompt.token_ids
+
+
+async def test_scores_do_not_depend_on_the_cache(exact: serve.Runner) -> None:
+    """A hit neither changes a number nor omits one; what a cached block holds is the number that was computed."""
+    tokens = exact.model.tokenizer(STORY)["input_ids"]
+    params = Params(max_tokens=1, logprobs=2, score_prompt=True)
+    prompts = [tokens, tokens, [*tokens[:16], *tokens[3:9]], tokens[:17], tokens[:16], tokens[:8], tokens[:1]]
+    expected = []
+    for prompt in prompts:
+        async with running(exact) as engine:
+            await collect(stream := engine.submit([serve.Prompt(prompt)], params))
+            expected.append(sum(stream.sequences[0].scores, []))
+    cached = []
+    async with running(exact, max_batch_tokens=20) as engine:
+        await collect(engine.submit([serve.Prompt(tokens)], Params(max_tokens=1)))  # without scores
+        for prompt, wanted in zip(prompts, expected):
+            await collect(stream := engine.submit([serve.Prompt(prompt)], params))
+            found = sum(stream.sequences[0].scores, [])
+            cached.append(stream.sequences[0].num_cached_tokens)
+            assert ids(found) == prompt
+            for one, other in zip(found[1:], wanted[1:]):
+                assert one.logprob == pytest.approx(other.logprob, abs=1e-4) and ids_of(one.top) == ids_of(other.top)
+    assert cached == [0, (len(tokens) - 1) // 8 * 8 - 1, 15, 15, 7, 0, 0]
+
+
+def ids_of(top: tuple[tuple[int, float], ...]) -> list[int]:
+    return [id for id, _ in top]
+
+
 async def test_the_end_of_sequence_stops_only_where_it_is_asked_to(exact: serve.Runner) -> None:
     model = exact.model
     prompt = serve.render_chat(model, [{"role": "user", "content": "What is the capital of France?"}], False, {})
@@ -337,9 +396,9 @@ async def test_the_longest_prompt(max_model_len: int, num_blocks: int, max_len: 
     assert engine.max_len == max_len
     async with trio.open_nursery() as nursery:
         nursery.start_soon(engine.run)
-        stream = engine.submit([serve.Prompt([3] * (max_len - 1))], Params())
+        stream = engine.submit([serve.Prompt([3] * (max_len - 1))], Params(logprobs=0, score_prompt=True))
         assert [ids(answer) for answer in await collect(stream)] == [follow([3] * (max_len - 1), 1)]
-        assert stream.sequences[0].finish_reason == "length"
+        assert stream.sequences[0].finish_reason == "length" and len(sum(stream.sequences[0].scores, [])) == max_len - 1
         nursery.cancel_scope.cancel()
     for length in (max_len, max_len + 1):
         with pytest.raises(serve.APIError) as refusal:

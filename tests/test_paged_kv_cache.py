@@ -18,6 +18,7 @@ def check(pool: serve.BlockPool, held: list[list[int]]) -> None:
     assert pool.references == [counts[block] for block in range(pool.num_blocks)]
     assert set(pool.free) == set(range(1, pool.num_blocks)) - counts.keys()
     assert {digest: block for block, digest in enumerate(pool.hashes) if digest is not None} == pool.cached
+    assert pool.scores.keys() <= pool.cached.keys()
 
 
 def test_block_zero_is_never_handed_out() -> None:
@@ -106,6 +107,33 @@ def test_forget() -> None:
     check(pool, [[used], [used]])
 
 
+def test_scores_are_found_from_the_first_block_on_and_with_enough_alternatives() -> None:
+    pool = serve.BlockPool(5, BLOCK_SIZE)
+    a, b, c = pool.allocate(3)
+    first, second, third = [serve.Token(1)], [serve.Token(2)], [serve.Token(3)]
+    for block, token, top, scores in ((a, 1, 5, first), (b, 2, 0, second), (c, 3, 5, third)):
+        pool.publish(block, digest(token))
+        pool.keep_scores(digest(token), top, scores)
+    assert pool.find_scores([digest(1), digest(2), digest(3)], 0) == [first, second, third]
+    assert pool.find_scores([digest(1), digest(2), digest(3)], 1) == [first]
+    assert pool.find_scores([digest(4), digest(1)], 0) == pool.find_scores([digest(1)], 6) == []
+
+
+def test_scores_are_replaced_by_better_ones_only_and_lost_with_their_block() -> None:
+    pool = serve.BlockPool(3, BLOCK_SIZE)
+    (block,) = pool.allocate(1)
+    pool.keep_scores(digest(1), 3, [serve.Token(0)])  # not cached: nobody could find it
+    assert not pool.scores
+    pool.publish(block, digest(1))
+    for top in (2, 1, 2, 4):
+        pool.keep_scores(digest(1), top, [serve.Token(top)])
+    assert pool.find_scores([digest(1)], 4) == [[serve.Token(4)]]
+    pool.release([block])
+    assert pool.find_scores([digest(1)], 0)
+    pool.allocate(2)
+    assert not pool.scores and not pool.cached
+
+
 def test_released_too_often_is_our_bug() -> None:
     pool = serve.BlockPool(4, BLOCK_SIZE)
     blocks = pool.allocate(1)
@@ -142,6 +170,7 @@ def test_random_use(seed: int) -> None:
                 assert held[-1] == known[:known.index(None) if None in known else 3]
             case "publish" if held and held[-1]:
                 pool.publish(rng.choice(held[-1]), digest(rng.randrange(8)))
+                pool.keep_scores(digest(rng.randrange(8)), rng.randrange(3), [])
             case "forget" if rng.random() < 0.1:
                 pool.forget()
                 assert not any(pool.hashes[block] for block in pool.free)

@@ -120,6 +120,30 @@ async def test_random_weights(name: str, checkpoint: Path, tmp_path: Path) -> No
         assert [token.logprob for token in tokens] == pytest.approx(logprobs, abs=1e-4)
 
 
+@pytest.mark.parametrize("name, kernel", [("Gemma2", "auto"), ("Gemma2", "sdpa"), ("Gemma2", "eager"), ("GptOss", "auto"), (
+    "DeepseekV3", "auto"), ("GPT2", "auto"), ("Mamba", "auto"), ("Falcon", "auto")])
+async def test_prompts_are_scored(name: str, kernel: str, checkpoint: Path, tmp_path: Path) -> None:
+    """In chunks, side by side and from the cache: log-probabilities are those of one forward pass over the whole prompt."""
+    folder = random_checkpoint(name, tmp_path, checkpoint)
+    runner = load(folder, attn_implementation=kernel)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    first, *others = random_prompts()
+    prompts = [first, first[:12], [*first[:16], *others[1]], *others]
+    async with running(runner, max_batch_tokens=7) as engine:
+        for cached in (False, True):
+            sampling = serve.SamplingParams(max_tokens=2, logprobs=3, score_prompt=True)
+            stream = engine.submit([serve.Prompt(ids) for ids in prompts], sampling)
+            await collect(stream)
+            assert bool(stream.sequences[0].num_cached_tokens) == (cached and runner.paged)
+            for prompt, seq in zip(prompts, stream.sequences):
+                (none, *tokens), logits = sum(seq.scores, []), reference(torch.tensor([prompt])).logits[0].log_softmax(-1)
+                assert none == serve.Token(prompt[0]) and [token.id for token in tokens] == prompt[1:]
+                values = logits[range(len(prompt) - 1), prompt[1:]].tolist()
+                assert [token.logprob for token in tokens] == pytest.approx(values, abs=1e-4)
+                tops = logits[:-1].topk(3).values.flatten().tolist()
+                assert [logprob for token in tokens for _, logprob in token.top] == pytest.approx(tops, abs=1e-4)
+
+
 def test_state_in_modules_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     """Served, one client's prompt would be in another's answer."""
     with pytest.raises(serve.APIError, match="not kept apart"):
@@ -203,6 +227,20 @@ def test_a_batch_as_tensors() -> None:
     assert serve.sampled({decode: 1, chunk: 3}) == [decode]
 
 
+def test_a_batch_of_scored_prompts_as_tensors() -> None:
+    """Rows that choose a token come first; a token that is there already goes to block 0, which nobody reads."""
+    make = partial(serve.Sequence, sampling=serve.SamplingParams(score_prompt=True, logprobs=0), seed=0, salt=b"", stream=None,
+                   index=0)
+    chunk = make([10, 11, 12, 13, 14], 5, block_table=[4, 2, 7])
+    hit = make([20, 21, 22, 23], 4, num_computed_tokens=1, num_shared_tokens=2, block_table=[5, 1])
+    decode = make([30, 31, 32], 2, num_computed_tokens=2, num_shared_tokens=2, block_table=[6, 3])
+    batch = serve.ragged({chunk: 3, hit: 3, decode: 1}, 2, torch.device("cpu"))
+    assert batch.slot_mapping.tolist() == [8, 9, 4, 0, 2, 3, 6]
+    assert batch.positions.tolist() == [[0, 1, 2, 1, 2, 3, 2]]
+    assert batch.logits_rows.tolist() == [5, 6, 0, 1, 2, 3, 4]
+    assert [list(seq.scored(count)) for seq, count in ((chunk, 3), (hit, 3), (decode, 1))] == [[1, 2, 3], [2, 3], []]
+
+
 async def test_a_prompt_on_which_the_model_fails_fails_alone(checkpoint: Path, tmp_path: Path,
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     runner = load(random_checkpoint("Mamba", tmp_path, checkpoint))
@@ -210,10 +248,10 @@ async def test_a_prompt_on_which_the_model_fails_fails_alone(checkpoint: Path, t
     alone = await answers(runner, [good], LENGTH)
     whole = runner.last_logits
 
-    def fails(seq: serve.Sequence) -> torch.Tensor:
+    def fails(seq: serve.Sequence, scored: int) -> torch.Tensor:
         if seq.token_ids[:len(bad)] == bad and seq.num_generated_tokens == 2:
             raise RuntimeError("out of memory, say")
-        return whole(seq)
+        return whole(seq, scored)
 
     monkeypatch.setattr(runner, "last_logits", fails)
     async with running(runner) as engine:

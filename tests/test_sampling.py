@@ -222,6 +222,25 @@ def test_logprobs_are_of_the_raw_logits(dtype: torch.dtype) -> None:
     assert tokens[3].top[0] == (tokens[3].id, tokens[3].logprob)  # greedy: one computation for both
 
 
+def test_scores_are_what_with_logprobs_says_of_each_row() -> None:
+    """However many rows there are, and however many alternatives a neighbour wants."""
+    prompts = [[1, 2, 3] * 30, [7, 8], [9] * 50, [5]]
+    params = [Params(score_prompt=True, logprobs=k) for k in (2, 5, 0, 1)]
+    batch = {row(p, prompt): len(prompt) for p, prompt in zip(params, prompts)} | {row(Params(logprobs=1), [3, 4]): 2}
+    logits = random_logits(89 + 1 + 49).bfloat16()
+    found = serve.score(logits, batch)
+    assert [len(tokens) for tokens in found.values()] == [89, 1, 49]
+    exact, rows = logits.double().log_softmax(-1), iter(range(len(logits)))
+    for seq, tokens in found.items():
+        assert [token.id for token in tokens] == seq.token_ids[1:]
+        for token in tokens:
+            i = next(rows)
+            assert token.logprob == pytest.approx(exact[i, token.id].item(), abs=1e-5)
+            assert [logprob for _, logprob in token.top] == pytest.approx(
+                exact[i].topk(seq.sampling.logprobs).values.tolist(), abs=1e-5)
+    assert serve.score(logits[:0], {row(Params(), [1]): 1}) == {}
+
+
 def test_bfloat16_is_drawn_from_as_float32() -> None:
     logits = random_logits(16).bfloat16()
     rows = [row(Params(temperature=1.0, top_p=0.9, repetition_penalty=1.1), PROMPT, ANSWER, seed) for seed in range(16)]

@@ -18,8 +18,15 @@ class Stream:
     closed = False
 
 
-def sequence(token_ids: list[int], salt: bytes = b"") -> serve.Sequence:
-    return serve.Sequence(list(token_ids), len(token_ids), serve.SamplingParams(), 0, salt, Stream(), 0)
+def sequence(token_ids: list[int], salt: bytes = b"", score: int | None = None) -> serve.Sequence:
+    """A sequence; `score` asks for scores of its prompt, with so many alternatives."""
+    params = serve.SamplingParams(score_prompt=score is not None, logprobs=score)
+    return serve.Sequence(list(token_ids), len(token_ids), params, 0, salt, Stream(), 0)
+
+
+def scores(token_ids: list[int], salt: bytes, top: int) -> list[tuple]:
+    """What a prompt's scores must be: a token's number depends on all before it, and it has at least `top` alternatives."""
+    return [(id, i and hash((salt, *token_ids[:i + 1]))) for i, id in enumerate(token_ids)]
 
 
 class World:
@@ -49,10 +56,12 @@ class World:
         for seq, count in batch.items():
             start, end = seq.num_computed_tokens, seq.num_computed_tokens + count
             assert end <= len(seq.token_ids)
-            new = self.slots(seq, end)[start:]
+            first = max(start, seq.num_shared_tokens)  # what is another's is not written to
+            assert first - start <= seq.scoring
+            new = self.slots(seq, end)[first:]
             assert not written.intersection(new), "two writers of one slot"
             written.update(new)
-            self.cache |= {slot: (seq.salt, *seq.token_ids[:p + 1]) for p, slot in zip(range(start, end), new)}
+            self.cache |= {slot: (seq.salt, *seq.token_ids[:p + 1]) for p, slot in zip(range(first, end), new)}
         for seq, count in batch.items():
             if self.scheduler.paged:
                 for p, slot in enumerate(self.slots(seq, seq.num_computed_tokens + count)):
@@ -60,8 +69,16 @@ class World:
         self.admitted += [seq for seq in batch if seq not in self.admitted]
         receivers = serve.sampled(batch)
         for seq, count in batch.items():
+            for p in seq.scored(count):
+                number = hash((seq.salt, *seq.token_ids[:p + 1]))
+                top = ((0, 0.0),) * seq.sampling.logprobs
+                seq.scores[p // self.pool.block_size].append(serve.Token(seq.token_ids[p], number, top))
             seq.num_computed_tokens += count
         for seq in receivers:
+            if seq.scoring:
+                found = [token for tokens in seq.scores for token in tokens]
+                assert [(token.id, token.logprob or 0) for token in found] == scores(seq.token_ids, seq.salt, 0)
+                assert all(len(token.top) >= seq.sampling.logprobs for token in found[1:])
             seq.token_ids.append(next_token(seq))
         return batch
 
@@ -84,8 +101,9 @@ class World:
 
 @pytest.mark.parametrize("paged", [True, False], ids=["paged", "sequential"])
 @pytest.mark.parametrize("seed", range(30))
-def test_random_lives(seed: int, paged: bool) -> None:
+def test_random_lives(seed: int, paged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(seed)
+    monkeypatch.setattr(serve, "MAX_SCORED", rng.choice([1, 3, 1024]))
     world = World(rng.randint(4, 14), rng.choice([1, 2, 4]), rng.randint(1, 9), rng.randint(1, 5), paged)
     longest = world.pool.capacity - 1
     alive: list[serve.Sequence] = []
@@ -93,7 +111,7 @@ def test_random_lives(seed: int, paged: bool) -> None:
     for step in range(400):
         if step < 250 and rng.random() < 0.4:
             stem = [rng.randrange(2)] * rng.randint(0, longest - 1)  # much is shared, and much is nearly shared
-            seq = sequence([*stem, rng.randrange(3)], rng.choice([b"", b"", b"salt"]))
+            seq = sequence([*stem, rng.randrange(3)], rng.choice([b"", b"", b"salt"]), rng.choice([None, None, 0, 2]))
             world.add(seq)
             alive.append(seq)
             arrived.append(seq)
@@ -154,6 +172,66 @@ def test_twins_in_one_step_share_what_is_being_written() -> None:
     world.add(*twins)
     assert list(world.step().values()) == [11, 3, 3]
     assert len({seq.block_table[0] for seq in twins}) == 1 and len({seq.block_table[2] for seq in twins}) == 3
+
+
+def scoring_world() -> World:
+    return World(num_blocks=40, block_size=4, max_batch_tokens=64, max_running=9)
+
+
+def test_a_scored_prompt_shares_blocks_that_were_scored_and_computes_one_token_of_them_again() -> None:
+    world = scoring_world()
+    plain, first, second, other = (sequence(list(range(11)), score=score) for score in (None, 0, 0, 0))
+    other.token_ids[8] = 90
+    world.add(plain)
+    assert world.step() == {plain: 11}
+    world.add(first)
+    assert world.step()[first] == 11  # what is there has no scores
+    world.add(second, other)
+    batch = world.step()
+    assert (batch[second], batch[other]) == (4, 4)
+    assert second.block_table[:2] == other.block_table[:2] == plain.block_table[:2] != first.block_table[:2]
+    assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 7)
+    assert second.scores[:2] == first.scores[:2] and second.scores[2] == first.scores[2] != other.scores[2]
+
+
+def test_scored_twins_in_one_step_share_scores_that_are_yet_to_come() -> None:
+    world = scoring_world()
+    twins = [sequence(list(range(11)), score=1) for _ in range(3)]
+    world.add(*twins)
+    assert list(world.step().values()) == [11, 4, 4]
+    assert all(seq.scores == twins[0].scores for seq in twins)
+
+
+def test_scores_with_too_few_alternatives_are_computed_again_and_replaced() -> None:
+    world = scoring_world()
+    for score, computed in ((1, 11), (0, 4), (3, 11), (2, 4), (None, 3)):
+        seq = sequence(list(range(11)), score=score)
+        world.add(seq)
+        assert world.step()[seq] == computed
+
+
+def test_scores_end_with_the_prompt() -> None:
+    """A block that prompt and answer fill together has no scores, and a prompt is scored once, whatever comes after."""
+    world = scoring_world()
+    one = sequence(list(range(6)), score=0)
+    world.add(one)
+    for _ in range(6):
+        world.step(lambda seq: 7)
+    world.scheduler.preempt(one)
+    world.step(lambda seq: 7)
+    assert [len(tokens) for tokens in one.scores] == [4, 2] and one.num_generated_tokens == 7
+    two = sequence(one.token_ids, score=0)
+    world.add(two)
+    assert world.step()[two] == 10  # of 13 tokens, the first 4 are there, and one of them is computed again
+
+
+def test_the_rows_of_logits_of_a_step_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "MAX_SCORED", 6)
+    world = World(num_blocks=40, block_size=4, max_batch_tokens=20)
+    scored, queued, plain = sequence(list(range(9)), score=0), sequence([50, 51], score=0), sequence(list(range(60, 75)))
+    world.add(scored, queued, plain)
+    assert world.step() == {scored: 6}
+    assert world.step() == {scored: 3, queued: 2, plain: 15}
 
 
 @pytest.mark.parametrize("length, cached", [(1, 0), (3, 0), (4, 0), (5, 4), (8, 4), (9, 8)])

@@ -10,6 +10,9 @@ answers the loads. Progress goes to stderr, tables in Markdown to stdout.
 A load is closed-loop: each client sends its next request when its last answer has ended. A token is timed when the
 client's read returns it; tokens that arrive in one read count as one arrival between two gaps. Counts of tokens are the
 servers' own (`usage`), and every answer is forced to its full length.
+
+The load "scoring" is what an evaluation harness asks for: the log-probabilities of a prompt's own tokens, of prompts that
+share their examples and, for comparison, of prompts that share nothing. `transformers serve` has no such thing.
 """
 
 import argparse
@@ -80,6 +83,20 @@ LOADS = {
 }
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """`clients` have prompts scored: `requests` that share all but their last tokens, and `apart` that share nothing."""
+
+    clients: int
+    requests: int
+    apart: int
+    shared_tokens: int
+    own_tokens: int
+
+
+SCORING = Scoring(8, 160, 24, 1000, 30)
+
+
 def sentence(seed: str, tokens: int) -> str:
     """About `tokens` tokens of words; another seed differs from the first word on, so no prefix cache helps."""
     return " ".join(random.Random(seed).choices(WORDS, k=max(1, tokens)))
@@ -123,10 +140,10 @@ class Timing:
     output_tokens: int
 
 
-def exchange(url: str, body: bytes) -> Answer:
-    """POST a chat completion and keep all that arrives until the server closes."""
+def exchange(url: str, body: bytes, path: str = "/v1/chat/completions") -> Answer:
+    """POST a body and keep all that arrives until the server closes."""
     where = urlsplit(url)
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {where.netloc}\r\nConnection: close\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: {where.netloc}\r\nConnection: close\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     sent, reads = time.perf_counter(), []
     with socket.create_connection((where.hostname, where.port or 80), timeout=REQUEST_LIMIT_S) as connection:
@@ -344,6 +361,31 @@ def summary(timings: list[Timing], load: Load) -> dict[str, float]:
     }
 
 
+def run_scoring(server: Server, url: str, model: str) -> dict[str, float]:
+    """Have prompts scored, those that share nothing first; the first of those that share fills the cache."""
+
+    def post(prompt: str) -> int:
+        body = {"model": model, "prompt": prompt, "temperature": 0, "max_tokens": 1, "logprobs": 1, "echo": True}
+        answer = exchange(url, json.dumps(body).encode(), "/v1/completions")
+        raw = b"".join(data for _, data in answer.reads)
+        if not re.match(rb"HTTP/1\.1 200 ", raw):
+            raise RuntimeError(f"refused: {raw[:1000].decode(errors='replace')}")
+        return json.loads(raw[raw.index(b"{"):])["usage"]["prompt_tokens"]
+
+    def requests_per_s(name: str, count: int) -> tuple[float, float]:
+        prefixes = [sentence("shared" if name == "shared" else f"{name} {i}", SCORING.shared_tokens) for i in range(count)]
+        prompts = [f"{prefix} {sentence(f'{name} own {i}', SCORING.own_tokens)}" for i, prefix in enumerate(prefixes)]
+        started = time.perf_counter()
+        with ThreadPoolExecutor(SCORING.clients) as clients:
+            lengths = list(clients.map(post, prompts))
+        return count / (time.perf_counter() - started), sum(lengths) / count
+
+    requests_per_s("warm-up", 1)
+    apart, _ = requests_per_s("apart", SCORING.apart)
+    shared, length = requests_per_s("shared", SCORING.requests)
+    return {"requests_per_s": shared, "apart_per_s": apart, "ratio": shared / apart, "prompt_tokens": length}
+
+
 def measure(server: Server, model: Path, loads: list[str]) -> dict:
     """Run one server through everything; one that runs already is only put under the loads."""
     if server.command is None:
@@ -364,6 +406,12 @@ def measure(server: Server, model: Path, loads: list[str]) -> dict:
 def under_load(server: Server, url: str, model: str, loads: list[str]) -> dict[str, dict[str, float]]:
     figures = {}
     for name in loads:
+        if name == "scoring":
+            if not server.is_transformers:
+                figures[name] = run_scoring(server, url, model)
+                say("{}: scoring: {requests_per_s:.1f} requests/s, {apart_per_s:.1f} that share nothing".format(
+                    server.name, **figures[name]))  # fmt: skip
+            continue
         figures[name] = run_load(server, url, model, name)
         say("{}: {}: {tokens_per_s:.1f} tokens/s in {seconds:.0f} s (the load generator took "
             "{load_generator_cpu_percent:.0f} % of a core)".format(server.name, name, **figures[name]))  # fmt: skip
@@ -379,6 +427,11 @@ LOAD_COLUMNS = (
     ("ttft_p95_ms", "p95", 0, False),
     ("itl_p50_ms", "between tokens p50, ms", 1, False),
     ("itl_p95_ms", "p95", 1, False),
+)
+SCORING_COLUMNS = (
+    ("requests_per_s", "shared examples, requests/s", 1, True),
+    ("apart_per_s", "nothing shared", 1, True),
+    ("ratio", "ratio", 1, True),
 )
 PROCESS_COLUMNS = (
     ("first_token_cold_s", "first token cold, s", 1, False),
@@ -405,7 +458,11 @@ def table(columns: Sequence[tuple[str, str, int, bool]], rows: dict[str, dict[st
 
 def report(results: dict[str, dict], loads: list[str], model: Path) -> str:
     parts = [f"{model.name}, {os.cpu_count()} CPUs ({platform.machine()}), {platform.system()}, {time.strftime('%Y-%m-%d')}"]
-    for name in loads:
+    if scored := {server: result["loads"]["scoring"] for server, result in results.items() if "scoring" in result["loads"]}:
+        length = next(iter(scored.values()))["prompt_tokens"]
+        shape = f"{SCORING.clients} clients, prompts of {length:.0f} tokens (mean), of which {SCORING.shared_tokens} are shared"
+        parts += [f"**Log-likelihoods** ({shape})", table(SCORING_COLUMNS, scored)]
+    for name in [name for name in loads if name in LOADS]:
         load, rows = LOADS[name], {server: result["loads"][name] for server, result in results.items()}
         row = next(iter(rows.values()))
         shape = f"{load.requests} requests, {row['prompt_tokens']:.0f} tokens in (mean), {load.output_tokens} out"
@@ -424,7 +481,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="a checkpoint folder (default: %(default)s)")
     parser.add_argument("--servers", default=",".join(SERVERS), help="comma-separated, in order (default: %(default)s)")
     parser.add_argument("--url", action="append", default=[], metavar="NAME=URL", help="also drive a server that runs already")
-    parser.add_argument("--loads", default=",".join(LOADS), help="comma-separated (default: %(default)s)")
+    parser.add_argument("--loads", default=",".join([*LOADS, "scoring"]), help="comma-separated (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     return parser.parse_args()
 
@@ -440,7 +497,7 @@ def main() -> None:
         install_transformers()
     results = {server.name: measure(server, model, loads) for server in servers}
     if options.json:
-        shapes = {name: asdict(LOADS[name]) for name in loads}
+        shapes = {name: asdict(SCORING if name == "scoring" else LOADS[name]) for name in loads}
         options.json.write_text(json.dumps({"model": str(model), "loads": shapes, "servers": results}, indent=1))
     print(report(results, loads, model))
 
