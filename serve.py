@@ -1531,9 +1531,9 @@ class TokenStream:
         return seq, tokens
 
     def tell(self, seq: Sequence) -> None:
-        """Let the request's task know of a sequence's new tokens."""
+        """Let the request's task know of a sequence's new tokens, when the engine next tells."""
         self.news[seq] = None
-        self.changed.set()
+        self.engine.news.append(self)
 
     def finish(self, seq: Sequence) -> None:
         """End a sequence from outside: a stop string was found in its text."""
@@ -1550,6 +1550,7 @@ class Engine:
         self.max_queue = config.max_queue
         self.seeds = random.Random(config.default_seed)
         self.work = trio.Event()
+        self.news: list[TokenStream] = []  # whose tasks are to be woken
         self.stopped = False
         self.last_used = time.monotonic()
 
@@ -1607,21 +1608,34 @@ class Engine:
         """Step for ever; asleep while there is nothing to do."""
         while True:
             if self.scheduler.idle:
+                self.tell()
                 self.work = trio.Event()
                 await self.work.wait()
             await self.step()
+
+    def tell(self) -> None:
+        """Wake the tasks of all streams that have news."""
+        while self.news:
+            self.news.pop().changed.set()
 
     async def step(self) -> None:
         """Move every running sequence on: drop who left, schedule, run, deliver."""
         self.scheduler.drop_ended()
         if batch := self.scheduler.schedule():
             receivers = sampled(batch)
-            tokens, scores = await self.thread(functools.partial(self.compute, batch, receivers))
+            soon = trio.lowlevel.current_trio_token().run_sync_soon
+            tokens, scores = await self.thread(functools.partial(self.compute, batch, receivers, soon))
             self.deliver_scores(scores)
             self.deliver(batch, receivers, tokens)
 
-    def compute(self, batch: Batch, receivers: list[Sequence]) -> tuple[list[Token], dict[Sequence, list[Token]]]:
-        """Run the batch, and return the token that each receiver gets and the scored tokens of prompts."""
+    def compute(self, batch: Batch, receivers: list[Sequence],
+                soon: Callable[..., None]) -> tuple[list[Token], dict[Sequence, list[Token]]]:
+        """Run the batch, and return the token that each receiver gets and the scored tokens of prompts.
+
+        What the last step brought is told now, so that the requests' tasks work while this one computes: before it, the
+        engine's thread would wait for the interpreter until all of them are done.
+        """
+        soon(self.tell)
         logits = self.runner.forward(batch)
         return sample(logits[:len(receivers)], receivers), score(logits[len(receivers):], batch)
 
