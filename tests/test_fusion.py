@@ -20,6 +20,7 @@ LEFT = {
     "granite": {"residual_multiplier": 0.5},  # shaped like Llama, but computes something else
     "ernie4_5": {},  # turns pairs of neighbours, not halves, in float32
     "gemma2": {}, "olmo2": {}, "phi3": {}, "starcoder2": {}, "cohere": {},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},  # its cosines are half as wide
     "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 2},
 }
 
