@@ -183,7 +183,7 @@ def test_padded_rows(interpreter: Run, processors: tuple[int, int]) -> None:
 # ── Decoder layer ─────────────────────────────────────────────────────────────────────────────
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1.5e-2}
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 1.5e-2}
 
 
 def compare(name: str, *inputs: Any) -> None:
@@ -265,7 +265,7 @@ def test_sampling(interpreter: Run, dtype: torch.dtype) -> None:
     """Every kind of row, at both ends of the distribution and within it. In bfloat16, many scores are equal."""
     torch.manual_seed(0)
     uniform = (0, 0.2, 0.5, 0.9, 1 - 1e-9)
-    rows = [(*row, uniform[i % 5]) for i, row in enumerate(5 * SAMPLING)]
+    rows = [(*row, uniform[i % 5]) for i, row in enumerate(3 * SAMPLING)]
     logits = (3 * torch.randn(len(rows), 4000)).to(dtype)[:, :1500]
     got, want = interpreter(sample, logits, *columns(rows))
     assert got.dtype == torch.int64 and got.tolist() == want.tolist()
@@ -275,11 +275,11 @@ def test_sampling_masked_and_equal(interpreter: Run) -> None:
     """A grammar leaves few tokens, or one; scores are all the same, or far apart."""
     few, one, equal, far = torch.full((4, 1500), -torch.inf)
     few[[3, 700, 1499]], one[1033], equal[:], far[:] = torch.tensor([1.0, 2, 3]), -40.0, 5.0, torch.linspace(-3e4, 3e4, 1500)
-    rows = [(*row, 0.6) for row in SAMPLING]
+    rows = [(*row, 0.6) for row in SAMPLING[::2]]
     for logits in (few, one, equal, far):
         got, want = interpreter(sample, logits.expand(len(rows), -1).contiguous(), *columns(rows))
         assert got.tolist() == want.tolist()
-    rows = [(*row, 1 - 2**-53) for row in SAMPLING]  # rounding may push this point past the end
+    rows = [(*row, 1 - 2**-53) for row in SAMPLING[1::2]]  # rounding may push this point past the end
     got, _ = interpreter(sample, few.expand(len(rows), -1).contiguous(), *columns(rows))
     assert few[got].isfinite().all()
 
@@ -360,10 +360,9 @@ ATTENTION = [
     pytest.param({**LLAMA_8B, "kv_heads": 32}, {}, torch.float16, id="no-groups-fp16"),
     pytest.param({**LLAMA_8B, "heads": 9, "kv_heads": 3, "dim": 64}, {}, torch.bfloat16, id="smollm2"),
     pytest.param({**LLAMA_8B, "heads": 64, "dim": 64}, {"window": 128, "sinks": True}, torch.bfloat16, id="gpt-oss"),
-    pytest.param({**LLAMA_8B, "dim": 80}, {}, torch.bfloat16, id="dim-80"),
+    pytest.param({**LLAMA_8B, "dim": 80, "block_size": 256}, {}, torch.bfloat16, id="dim-80-block-256"),
     pytest.param({**LLAMA_8B, "heads": 16, "dim": 256}, {}, torch.bfloat16, id="dim-256"),
     pytest.param({**LLAMA_8B, "heads": 16, "dim": 256}, {"window": 4096, "softcap": 50.0}, torch.bfloat16, id="gemma2"),
-    pytest.param({**LLAMA_8B, "block_size": 256}, {}, torch.bfloat16, id="block-256"),
     pytest.param(LLAMA_8B, {}, torch.float32, id="float32"),
 ]
 
