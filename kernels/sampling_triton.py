@@ -90,7 +90,7 @@ def _measure(
     mass = tl.zeros([CHUNK], tl.float32)
     lowest = tl.full([CHUNK], float("inf"), tl.float32)
     below = tl.full([CHUNK], -float("inf"), tl.float32)
-    for chunk in tl.range(0, CHUNKS, num_stages=4):
+    for chunk in tl.range(0, CHUNKS, num_stages=3):
         score = _scores(row_ptr, inverse, chunk, VOCAB, CHUNK)  # [CHUNK]
         kept = score >= t
         count += tl.where(kept, 1.0, 0.0)
@@ -153,11 +153,11 @@ def _choose(
         uniform = uniform * 0
     else:
         if (top_k > 0) & (top_k < VOCAB):
-            count, reach = 0 * best, 1 + 0 * best
-            while (count < top_k) & (reach < 1e30):  # the k-th is hardly ever more than 16 below the best
-                reach *= 16
+            count, reach = 0 * best, 0.25 + 0 * best
+            while (count < top_k) & (reach < 1000):  # the k-th is hardly ever more than 16 below the best
+                reach *= 64
                 count, mass, lowest, below = _measure(row_ptr, inverse, best, best - reach, VOCAB, CHUNK, CHUNKS)
-            if count >= top_k:  # else fewer are possible at all
+            if count >= top_k:  # else fewer weigh anything at all
                 cutoff = _cutoff(row_ptr, inverse, best, best - reach, top_k, True, VOCAB, CHUNK, CHUNKS)
                 if top_p < 1:
                     count, mass, lowest, below = _measure(row_ptr, inverse, best, cutoff, VOCAB, CHUNK, CHUNKS)

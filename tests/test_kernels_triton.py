@@ -168,7 +168,8 @@ def padded() -> tuple[Tensor, Tensor]:
     for rows in (2, 6):
         inputs = q[:rows], k[:rows], v[:rows], *caches.clone(), slots[:rows], tables[:rows]
         bounds = torch.arange(rows + 1, dtype=torch.int32)
-        out.append(attention_triton.paged_attention(*inputs, bounds, lengths[:rows], scale=0.125, decodes=rows))
+        options = {"scale": 0.125, "decodes": rows, "max_seq_len": 1000}
+        out.append(attention_triton.paged_attention(*inputs, bounds, lengths[:rows], **options))
     return out
 
 

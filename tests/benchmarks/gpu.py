@@ -118,12 +118,10 @@ def check_attention() -> Iterator[Row]:
     import test_kernels_triton as cases
     from serve_kernels import attention_triton
 
-    inputs = [{"dtype": dtype, "block_size": size} for dtype in cases.DTYPES for size in (16, 32, 256)]
-    inputs += [{"heads": 2 * group} for group in (1, 2, 3, 4, 7, 8, 50)]
-    inputs += [{"dim": dim, "dtype": dtype} for dim in (16, 64, 80, 96, 112, 128, 192, 256) for dtype in cases.DTYPES]
     every = {"window": 20, "softcap": 5.0, "sinks": cases.SINKS}
-    options = [{"window": 1}, {"window": 37}, {"softcap": 3.0}, {"sinks": cases.SINKS}, every]
-    inputs += [{"dtype": dtype, **x} for x in options for dtype in cases.DTYPES]
+    inputs = [{"dtype": dtype, "block_size": size} for dtype, size in itertools.product(cases.DTYPES, (16, 256))]
+    inputs += [{"heads": 2 * group} for group in (1, 4, 50)] + [{"dim": dim} for dim in (16, 80, 96, 128, 192, 256)]
+    inputs += [{"window": 37}, {"softcap": 3.0}, {"sinks": cases.SINKS}, every, {"dtype": torch.float32, **every}]
     for case, decodes in itertools.product(inputs, (0, len(cases.DECODES))):
         attend = functools.partial(attention_triton.paged_attention, decodes=decodes)
         try:
@@ -134,7 +132,7 @@ def check_attention() -> Iterator[Row]:
 
 
 def check_graph() -> Iterator[Row]:
-    """A captured decode of an 8B, replayed on other lengths and blocks than it was captured on, and with padded rows."""
+    """A captured decode of an 8B, replayed on other lengths than it was captured on, and with padded rows."""
     from serve_kernels import attention, attention_triton
 
     cache, worst = Cache(32, 4096), 0.0
