@@ -257,7 +257,7 @@ def columns(rows: list[tuple[float, int, float, float, float]]) -> list[Tensor]:
 SAMPLING = [  # temperature, top_k, top_p, min_p
     (0, 0, 1, 0), (1e-6, 5, 0.5, 0), (1, 0, 1, 0), (0.3, 0, 1, 0), (1, 1, 1, 0), (1, 50, 1, 0), (1.5, 1200, 1, 0),
     (1, 9999, 1, 0), (1, 0, 0.9, 0), (2, 0, 0.99, 0), (1, 0, 1e-9, 0), (1, 0, 0.5, 0), (0.7, 20, 0.8, 0), (1, 3, 0.999, 0),
-    (1, 0, 1, 0.1), (1, 40, 0.95, 0.05), (1, 0, 1, 1),
+    (1, 0, 1, 0.1), (1, 40, 0.95, 0.05), (1, 0, 1, 1), (1, 3, 0.9, 0), (1, 3, 1, 0.01),
 ]  # fmt: skip
 
 
@@ -273,14 +273,16 @@ def test_sampling(interpreter: Run, dtype: torch.dtype) -> None:
 
 
 def test_sampling_masked_and_equal(interpreter: Run) -> None:
-    """A grammar leaves few tokens, or one; scores are all the same, or far apart."""
-    few, one, equal, far = torch.full((4, 1500), -torch.inf)
+    """A grammar leaves few tokens, or one; scores are all the same, far apart, as close as can be, or equal at a cutoff."""
+    few, one, equal, far, close, tied = torch.full((6, 1500), -torch.inf)
     few[[3, 700, 1499]], one[1033], equal[:], far[:] = torch.tensor([1.0, 2, 3]), -40.0, 5.0, torch.linspace(-3e4, 3e4, 1500)
-    rows = [(*row, 0.6) for row in SAMPLING[::2]]
-    for logits in (few, one, equal, far):
+    close[:] = 1 + torch.randperm(1500, generator=torch.Generator().manual_seed(0)) * 2**-23
+    tied[:], tied[[1200, 5]] = 1.0, torch.tensor([3.0, 2])
+    rows = [(*row, 0.6) for row in SAMPLING]
+    for logits in (few, one, equal, far, close, tied):
         got, want = interpreter(sample, logits.expand(len(rows), -1).contiguous(), *columns(rows))
         assert got.tolist() == want.tolist()
-    rows = [(*row, 1 - 2**-53) for row in SAMPLING[1::2]]  # rounding may push this point past the end
+    rows = [(*row, 1 - 2**-53) for row in SAMPLING]  # rounding may push this point past the end
     got, _ = interpreter(sample, few.expand(len(rows), -1).contiguous(), *columns(rows))
     assert few[got].isfinite().all()
 
