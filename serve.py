@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import copy
+import ctypes
 import functools
 import gc
 import hashlib
@@ -87,6 +88,7 @@ from torch import Tensor
 from werkzeug.exceptions import HTTPException
 
 log = logging.getLogger("serve")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it has something to say at every 8-bit product
 
 # ── Configuration ─────────────────────────────────────────────────────────────────────────────────────────────────────
 # Declares every setting once, as a field of `Config`; the command line is derived from the fields.
@@ -181,6 +183,14 @@ class Config:
                              "run; dequantised: they become bfloat16. The answers are the same",
                              choices=["packed", "dequantised"])
     device: str = flag("auto", "models", "auto (cuda, then mps, then cpu) or a torch device", usable_device, metavar="DEVICE")
+    device_map: str | None = flag(None, "models", "spread each model over all GPUs, as accelerate does by this name",
+                                  choices=["auto", "balanced", "balanced_low_0", "sequential"])
+    quantization: str | None = flag(None, "quantisation", "quantise the weights with bitsandbytes as they are loaded",
+                                    choices=["bnb-4bit", "bnb-8bit"])
+    bnb_4bit_quant_type: str = flag("nf4", "models", "the 16 values of a 4-bit weight", choices=["nf4", "fp4"])
+    llm_int8_threshold: float = flag(0.0, "models", "8-bit layers multiply inputs above it in 16 bits; 0: none, so that no "
+                                     "answer depends on others in its batch and CUDA graphs can be captured",
+                                     at_least(0, float))
     trust_remote_code: bool = flag(False, "models", "run model code that comes with a checkpoint")
     model_timeout: float = flag(300.0, "models", "seconds after which an idle model loaded on demand is dropped; 0: never",
                                 at_least(0, float))
@@ -224,18 +234,14 @@ REFUSED_FLAGS = {
     "--cb-num-blocks": "use --kv-cache-memory",
     "--cb-use-cuda-graph": "CUDA graphs are not supported",
     "--compile": "torch.compile is not used: it was measured to be no faster here",
-    "--quantization": "loading in 8 or 4 bits is not supported yet",
-    "--load-in-4bit": "loading in 8 or 4 bits is not supported yet",
-    "--load-in-8bit": "loading in 8 or 4 bits is not supported yet",
-    "--bnb-4bit-quant-type": "loading in 8 or 4 bits is not supported yet",
-    "--use-bnb-nested-quant": "loading in 8 or 4 bits is not supported yet",
     "--decision-config": "/v1/systemone is not served",
     "--processor": "a model's own processor is used",
     "--input-validation": "requests are always validated",
     "--non-blocking": "the port always opens before the model is loaded",
     "--format": "there is no such output", "--json": "there is no such output", "--no-truncate": "there is no such output",
 }
-ACCEPTED_FLAGS = {"--no-compile", "--no-cb-use-cuda-graph", "-q", "--quiet"}  # they ask for what is so anyway
+# They ask for what is so anyway.
+ACCEPTED_FLAGS = {"--no-compile", "--no-cb-use-cuda-graph", "--use-bnb-nested-quant", "-q", "--quiet"}
 
 
 def parse_command_line(argv: list[str]) -> Config:
@@ -244,6 +250,10 @@ def parse_command_line(argv: list[str]) -> Config:
                                      epilog=f"Downloads are kept in {cache_folder()} (set SERVE_CACHE to move it).")
     parser.error = lambda message: parser.exit(2, f"serve.py: {message}\n")
     groups = {name: parser.add_argument_group(name) for name in ("models", "engine", "server")}
+    groups["quantisation"] = groups["models"].add_mutually_exclusive_group()
+    for name in ("bnb-4bit", "bnb-8bit"):
+        groups["quantisation"].add_argument("--load-in-" + name[4:], dest="quantization", action="store_const", const=name,
+                                            help=f"the same as --quantization {name}")
     for f in fields(Config):
         add_argument(groups[f.metadata["group"]], f.name, str(f.type), f.default, f.metadata)
     arguments = []
@@ -829,8 +839,8 @@ def attach_codes(network: transformers.PreTrainedModel, checkpoint: Checkpoint) 
         network.get_submodule(name).grouped = grouped
 
 
-def load_network(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) -> transformers.PreTrainedModel:
-    """Load the weights onto the CPU; GGUF is dequantised."""
+def load_network(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool, **placement: Any) -> transformers.PreTrainedModel:
+    """Load the weights, onto the CPU unless `placement` says otherwise; GGUF is dequantised."""
     options = {"trust_remote_code": trust_remote_code}
     if checkpoint.gguf:
         options["gguf_file"] = checkpoint.gguf
@@ -838,12 +848,67 @@ def load_network(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) ->
     auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     if checkpoint.gguf and dtype == "auto":
         dtype = "bfloat16"
-    network = auto.from_pretrained(checkpoint.folder, dtype=dtype, **options)
+    if quantised := getattr(config, "quantization_config", None):
+        if "quantization_config" in placement:
+            raise ValueError("its weights are quantised already: leave out --quantization")
+        if not transformers.quantizers.AutoHfQuantizer.supports_quant_method(quantised):  # it would load as if it were not
+            raise ValueError(f"transformers does not know its quantisation, {quantised.get('quant_method')}")
+    network = auto.from_pretrained(checkpoint.folder, dtype=dtype, **options, **placement)
     if checkpoint.gguf:  # these are ordinary weights now
         network.hf_quantizer, network.is_quantized = None, False
         if hasattr(network.config, "quantization_config"):
             del network.config.quantization_config
+    elif getattr(network, "is_quantized", False):
+        settle_quantised(network)
     return network.eval().requires_grad_(False)
+
+
+def placement(config: Config) -> dict[str, Any]:
+    """Return the arguments of from_pretrained that say where weights go, and how many bits they have there.
+
+    8-bit layers with a threshold look through the whole batch for large inputs: a row's result depends on its neighbours,
+    and the search rules out CUDA graphs.
+    """
+    where = {"device_map": config.device_map or {"": config.device}}
+    if config.quantization is None:
+        return where
+    return where | {"quantization_config": transformers.BitsAndBytesConfig(
+        load_in_4bit=config.quantization == "bnb-4bit", bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+        load_in_8bit=config.quantization == "bnb-8bit", llm_int8_threshold=config.llm_int8_threshold)}
+
+
+def settle_quantised(network: transformers.PreTrainedModel) -> None:
+    """Make quantised layers compute in the network's own dtype, and let go of the file that they were quantised from."""
+    for module in network.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.compute_dtype = network.dtype
+            # bitsandbytes' product for CPUs with AVX512-BF16 takes whole tiles, in bfloat16; other layers are dequantised.
+            module.support_avx512bf16_for_cpu = module.support_avx512bf16_for_cpu and network.dtype == torch.bfloat16 and (
+                module.out_features % 32 == module.in_features % module.weight.quant_state.blocksize == 0)
+    for parameter in network.parameters():
+        if type(parameter) is torch.nn.Parameter and parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()  # else all of it stays mapped for the sake of the embeddings
+
+
+def bnb_values(linear: torch.nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the values of a layer of bitsandbytes: codes [out, in] uint8, scales [out, in // group] and table, float32.
+
+    weight[n, k] = table[codes[n, k]] * scales[n, k // group]. A 4-bit layer must not have run on a CPU with AVX512-BF16: that
+    reorders its codes, and rounds its scales.
+    """
+    from bitsandbytes.functional import dequantize_blockwise
+
+    weight, state = linear.weight, getattr(linear, "quant_state", None)
+    if state is None:  # 8 bits, one scale a row
+        scales = linear.state.SCB if weight.SCB is None else weight.SCB
+        table = torch.arange(-128, 128, dtype=torch.float32, device=weight.device)
+        return (weight.data.int() + 128).to(torch.uint8), scales.float()[:, None] / 127, table
+    assert not getattr(state, "packing_format_for_cpu", False) and linear.in_features % state.blocksize == 0
+    pairs = weight.data.view(torch.uint8).flatten()
+    codes = torch.stack([pairs >> 4, pairs & 15], 1).view(linear.out_features, linear.in_features)
+    scales = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+    return codes, scales.float().view(linear.out_features, -1), state.code
 
 
 def load_model(name: str, checkpoint: Checkpoint, config: Config, first: bool, report: Callable[[str], None]) -> Model:
@@ -854,8 +919,8 @@ def load_model(name: str, checkpoint: Checkpoint, config: Config, first: bool, r
         report("processor")
         tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.folder, **options)
         report("weights")
-        network = load_network(checkpoint, config.dtype, config.trust_remote_code).to(config.device)
-        if config.gguf_weights == "packed":
+        network = load_network(checkpoint, config.dtype, config.trust_remote_code, **placement(config))
+        if config.gguf_weights == "packed" and config.quantization is None:
             attach_codes(network, checkpoint)
     except Exception as error:  # files and code that are not ours: whatever they raise, this model cannot be had
         log.debug("load", exc_info=True)
@@ -874,6 +939,13 @@ def load_model(name: str, checkpoint: Checkpoint, config: Config, first: bool, r
         max_model_len=min(longest, config.max_model_len or longest), created=int(time.time()),
         special_ids=frozenset(tokenizer.all_special_ids), longest_token=max(map(len, tokenizer.get_vocab())),
         byte_level="ByteLevel" in repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)))
+
+
+def return_memory() -> None:
+    """Give back to the system what loading has freed; glibc would keep it."""
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def available_memory(device: torch.device) -> int:
@@ -1093,7 +1165,7 @@ def self_test(runner: PagedRunner) -> str | None:
         elif kinds and any(bool(runner.options[i]["window"]) != (kind == "sliding_attention")
                            for i, kind in enumerate(text.layer_types)):
             problem = "sliding windows are not passed on"
-        elif not worst < (1e-3 if expected.dtype == torch.float32 else 0.1):
+        elif not worst < (1e-3 if expected.dtype == torch.float32 and not getattr(network, "is_quantized", False) else 0.1):
             problem = f"logits differ by {worst:.1e}"
     except Exception as error:  # whatever a model's own code raises when it meets an attention function like ours
         log.debug("self-test", exc_info=True)
@@ -1833,6 +1905,7 @@ class ModelPool:
         model = load_model(loaded.name, checkpoint, self.config, loaded.name == self.default,
                            functools.partial(setattr, loaded, "stage"))
         runner, num_blocks = make_runner(model, kernel, self.config)
+        return_memory()
         if runner.paged:
             k_cache, v_cache = next(iter(runner.caches.values()))
             unfit = kernel is attention_cpu.paged_attention and attention_cpu.unsupported(k_cache[0], v_cache[0], k_cache)
