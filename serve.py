@@ -47,6 +47,7 @@ import threading
 import time
 import types
 import uuid
+import warnings
 import zipfile
 from array import array
 from collections import Counter, OrderedDict, deque
@@ -146,6 +147,14 @@ def existing_file(text: str) -> str:
     return text
 
 
+def named_adapter(text: str) -> str:
+    """Return a NAME=FOLDER whose folder holds an adapter."""
+    name, _, folder = text.partition("=")
+    if not re.fullmatch(r"[\w-]+", name) or not (Path(folder).expanduser() / "adapter_config.json").is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a name, an equals sign and the folder of an adapter")
+    return text
+
+
 def usable_device(text: str) -> str:
     """Return the torch device that a name stands for; auto is cuda, then mps, then cpu."""
     if text == "auto":
@@ -191,6 +200,8 @@ class Config:
     llm_int8_threshold: float = flag(0.0, "models", "8-bit layers multiply inputs above it in 16 bits; 0: none, so that no "
                                      "answer depends on others in its batch and CUDA graphs can be captured",
                                      at_least(0, float))
+    adapter: tuple[str, ...] = flag((), "models", "a LoRA adapter of the first model, for requests whose model is NAME or "
+                                    "MODEL:NAME; repeatable", named_adapter, metavar="NAME=FOLDER")
     trust_remote_code: bool = flag(False, "models", "run model code that comes with a checkpoint")
     model_timeout: float = flag(300.0, "models", "seconds after which an idle model loaded on demand is dropped; 0: never",
                                 at_least(0, float))
@@ -228,6 +239,11 @@ class Config:
     def attention(self) -> str:
         """The kind of attention that `attn_implementation` names."""
         return ATTENTION[self.attn_implementation]
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """The folder of each adapter, by its name."""
+        return {name: str(Path(folder).expanduser()) for name, _, folder in (text.partition("=") for text in self.adapter)}
 
 
 REFUSED_FLAGS = {
@@ -268,6 +284,11 @@ def parse_command_line(argv: list[str]) -> Config:
     values = vars(parser.parse_args(arguments))
     if values["force_model"] and values["models"]:
         parser.error("--force-model loads one model: name no others")
+    taken = {*values["models"], values["force_model"], values["served_model_name"]}
+    for name in (text.partition("=")[0] for text in values["adapter"]):
+        if name in taken:
+            parser.error(f"--adapter: the name {name!r} is taken")
+        taken.add(name)
     return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
@@ -471,6 +492,7 @@ class Sequence:
     finish_reason: str | None = None
     error: APIError | None = None
     cache: Any = None  # the fallback runner's own Hugging Face cache
+    adapter: str | None = None  # with which it is computed
 
     @property
     def num_generated_tokens(self) -> int:
@@ -526,24 +548,35 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
         self.budget = self.scored_budget = 0  # tokens that the step being scheduled has left, and those of scored prompts
+        self.turns: dict[str | None, None] = {}  # the adapters met so far, least recently served first
 
     @property
     def idle(self) -> bool:
         return not (self.waiting or self.running)
 
     def schedule(self) -> Batch:
-        """Return the next step's batch; every scheduled token has a slot in its sequence's blocks."""
+        """Return the next step's batch, all of one adapter; every scheduled token has a slot in its sequence's blocks."""
         batch: Batch = {}
         self.budget, self.scored_budget = self.max_batch_tokens, self.max_scored
-        for seq in list(self.running):  # a prompt in chunks is the youngest of them, but for a scored one: that leaves room
-            if seq.block_table:  # not preempted by a sequence before it
-                self.grow(seq, batch)
-        self.publish(batch)
-        while self.waiting and self.room(self.waiting[0]) and len(self.running) < self.max_running:
-            if not self.admit(self.waiting[0], batch):
+        if self.waiting:
+            self.turns.setdefault(self.waiting[0].adapter)
+        for adapter in list(self.turns):
+            self.schedule_adapter(adapter, batch)
+            if batch:
+                self.turns[adapter] = self.turns.pop(adapter)
                 break
         assert batch or self.idle
         return batch
+
+    def schedule_adapter(self, adapter: str | None, batch: Batch) -> None:
+        """Schedule the running sequences of one adapter, and those that wait first in line."""
+        for seq in list(self.running):  # a prompt in chunks is the youngest of them, but for a scored one: that leaves room
+            if seq.adapter == adapter and seq.block_table:  # not preempted by a sequence before it
+                self.grow(seq, batch)
+        self.publish(batch)
+        while self.waiting and self.room(self.waiting[0]) and len(self.running) < self.max_running:
+            if self.waiting[0].adapter != adapter or not self.admit(self.waiting[0], batch):
+                break
 
     def room(self, seq: Sequence) -> int:
         """Return how many of a sequence's tokens the step can still take."""
@@ -669,10 +702,22 @@ class Model:
     longest_token: int  # in characters
     byte_level: bool  # tokens are spelt in GPT-2's alphabet of bytes
     created: int
+    adapters: frozenset[str] = frozenset()
+    active: str | None = None  # the adapter that the network computes with now
 
     @property
     def device(self) -> torch.device:
         return self.network.device
+
+    def activate(self, adapter: str | None) -> None:
+        """Let the network compute with one of its adapters, or with none."""
+        if adapter != self.active:
+            if adapter is None:
+                self.network.disable_adapters()
+            else:
+                self.network.set_adapter(adapter_key(adapter))
+                self.network.enable_adapters()
+            self.active = adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -911,6 +956,23 @@ def bnb_values(linear: torch.nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
     return codes, scales.float().view(linear.out_features, -1), state.code
 
 
+def add_adapter(network: transformers.PreTrainedModel, name: str, folder: str) -> None:
+    """Load an adapter into the network, inactive. Raises ValueError for one that does not fit it."""
+    with warnings.catch_warnings(action="ignore"):  # that there are several is what we want
+        loaded = network.load_adapter(folder, adapter_key(name), adapter_kwargs={"local_files_only": True},
+                                      ignore_mismatched_sizes=True)
+    wrong = {key for key, *_ in loaded.mismatched_keys} | loaded.unexpected_keys | loaded.missing_keys
+    if wrong := sorted(key for key in wrong if adapter_key(name) in key):  # other adapters' are among the missing
+        raise ValueError(f"the adapter {name} is not for it: {wrong[0]}")
+    network.disable_adapters()
+    network.requires_grad_(False)
+
+
+def adapter_key(name: str) -> str:
+    """Return an adapter's name within a network: transformers takes parameters that have it in their own name for its."""
+    return f"<{name}>"
+
+
 def load_model(name: str, checkpoint: Checkpoint, config: Config, first: bool, report: Callable[[str], None]) -> Model:
     """Load a checkpoint. Raises APIError 400 for one that transformers cannot run as a text model."""
     options = {"gguf_file": checkpoint.gguf} if checkpoint.gguf else {}
@@ -920,8 +982,11 @@ def load_model(name: str, checkpoint: Checkpoint, config: Config, first: bool, r
         tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.folder, **options)
         report("weights")
         network = load_network(checkpoint, config.dtype, config.trust_remote_code, **placement(config))
-        if config.gguf_weights == "packed" and config.quantization is None:
+        adapters = config.adapters if first else {}
+        if config.gguf_weights == "packed" and config.quantization is None and not adapters:
             attach_codes(network, checkpoint)
+        for adapter, folder in adapters.items():
+            add_adapter(network, adapter, folder)
     except Exception as error:  # files and code that are not ours: whatever they raise, this model cannot be had
         log.debug("load", exc_info=True)
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -936,7 +1001,7 @@ def load_model(name: str, checkpoint: Checkpoint, config: Config, first: bool, r
     return Model(
         id=name, network=network, tokenizer=tokenizer, generation=generation, vocab_size=text.vocab_size,
         eos_token_ids=frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos]),
-        max_model_len=min(longest, config.max_model_len or longest), created=int(time.time()),
+        max_model_len=min(longest, config.max_model_len or longest), created=int(time.time()), adapters=frozenset(adapters),
         special_ids=frozenset(tokenizer.all_special_ids), longest_token=max(map(len, tokenizer.get_vocab())),
         byte_level="ByteLevel" in repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)))
 
@@ -1053,6 +1118,7 @@ class PagedRunner:
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the logits [samples, vocab] of the sequences that this batch computes to their end, then of scored tokens."""
+        self.model.activate(next(iter(batch)).adapter)
         self.batch = ragged(batch, self.block_size, self.model.device)
         _step.runner = self
         keep = {"logits_to_keep": self.batch.logits_rows} if self.keeps_logits else {}
@@ -1077,6 +1143,7 @@ class SequentialRunner:
 
         The code that runs here is the model's own, and may fail on one prompt: then that sequence has an error.
         """
+        self.model.activate(next(iter(batch)).adapter)
         rows = []
         for seq, count in batch.items():
             scored = len(seq.scored(count))
@@ -1368,8 +1435,9 @@ def make_runner(model: Model, kernel: Callable[..., Tensor], config: Config) -> 
         block_bytes = max(1, runner.token_bytes) * config.block_size  # here blocks only count tokens
         return runner, min(useful, max(2, cache_bytes(config, model.device) // block_bytes))
     before = advance(runner, {scratch_sequences(runner, 40)[0]: 40})
-    fuse_layers(runner)
-    if model.device.type == "cpu":
+    if not model.adapters:  # these stand inside the layers, one of them at a time
+        fuse_layers(runner)
+    if model.device.type == "cpu" and not model.adapters:
         linear_cpu.pack_linears(model.network)
     after = advance(runner, {scratch_sequences(runner, 40)[0]: 40})  # what was patched and packed, together, once
     if not (difference := relative_error(after, before)) < 0.1:
@@ -1787,6 +1855,26 @@ def token_bytes(model: Model, id: int) -> bytes:
 # Decides which models are in memory: loads them at the start and on demand, drops the idle ones. An engine runs per model.
 
 
+class AdaptedEngine:
+    """An engine seen through an adapter of its model: what is submitted here is computed with that."""
+
+    def __init__(self, engine: Engine, id: str, adapter: str) -> None:
+        self.engine, self.adapter = engine, adapter
+        self.model = replace(engine.model, id=id)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    def submit(self, *arguments: Any, **options: Any) -> TokenStream:
+        """Submit to the engine; cached prefixes are the adapter's own."""
+        stream = self.engine.submit(*arguments, **options)
+        stream.engine = self
+        for seq in stream.sequences:
+            seq.adapter = self.adapter
+            seq.salt = hashlib.blake2b(self.adapter.encode() + b"\0" + seq.salt, digest_size=16).digest()
+        return stream
+
+
 @dataclass(slots=True, eq=False)
 class Loaded:
     """A model in memory or on its way there."""
@@ -1808,6 +1896,8 @@ class ModelPool:
         self.thread = EngineThread(config.threads)
         named = [config.force_model] if config.force_model else list(config.models) or [DEFAULT_MODEL]
         self.named = list(dict.fromkeys(name.removesuffix("@main") for name in named))
+        bases = {self.default, self.public_id(self.default)}
+        self.adapters = {id: name for name in config.adapters for id in (name, *(f"{base}:{name}" for base in bases))}
         self.loaded: dict[str, Loaded] = {}
         self.loading = trio.Lock()
         self.started = False
@@ -1827,7 +1917,7 @@ class ModelPool:
     def resolve(self, name: str | None) -> str:
         """Return the name of the model that answers a request for `name`."""
         # "dummy" is what huggingface_hub's clients send for "whatever model that address serves".
-        if name in (None, "", "dummy", self.config.served_model_name) or self.config.force_model:
+        if name in (None, "", "dummy", self.config.served_model_name) or self.config.force_model or name in self.adapters:
             return self.default
         return name.removesuffix("@main")
 
@@ -1839,8 +1929,8 @@ class ModelPool:
         gc.collect()
         gc.freeze()  # what a loaded model is made of need not be looked at again
 
-    async def get(self, name: str | None) -> Engine:
-        """Return a model's engine, loading the model if need be. Raises APIError 404 for an unknown one."""
+    async def get(self, name: str | None) -> Engine | AdaptedEngine:
+        """Return the engine of a model or an adapter, loading the model if need be. Raises APIError 404 for an unknown one."""
         loaded = self.request(self.resolve(name))
         await loaded.ready.wait()
         if loaded.error:
@@ -1848,6 +1938,8 @@ class ModelPool:
         if loaded.engine is None:  # dropped while this task was not looking
             return await self.get(name)
         loaded.engine.last_used = time.monotonic()
+        if (adapter := self.adapters.get(name)) is not None:
+            return AdaptedEngine(loaded.engine, f"{self.public_id(loaded.name)}:{adapter}", adapter)
         return loaded.engine
 
     def request(self, name: str) -> Loaded:
@@ -2674,10 +2766,12 @@ async def tokenizer_info() -> Response:
 # GET /health, GET /v1/models, POST /load_model, POST /reset: what is loaded, and loading it.
 
 
-def model_entry(name: str) -> dict[str, Any]:
+def model_entry(name: str, adapter: str | None = None) -> dict[str, Any]:
     loaded = app.models.loaded.get(name)
     engine = loaded and loaded.engine
-    return {"id": app.models.public_id(name), "object": "model", "created": engine.model.created if engine else 0,
+    public_id = app.models.public_id(name)
+    own = {"id": public_id} if adapter is None else {"id": f"{public_id}:{adapter}", "parent": public_id}
+    return {**own, "object": "model", "created": engine.model.created if engine else 0,
             "owned_by": name.split("/")[0] if name.count("/") == 1 else "serve.py",
             "max_model_len": engine.max_len if engine else None}
 
@@ -2689,13 +2783,16 @@ async def health() -> Response:
 
 @app.get("/v1/models")
 async def list_models() -> Response:
-    """List the models of the command line and those loaded since."""
-    return json_response({"object": "list", "data": [model_entry(name) for name in app.models.names()]})
+    """List the models of the command line, their adapters and the models loaded since."""
+    adapters = [model_entry(app.models.default, adapter) for adapter in app.settings.adapters]
+    return json_response({"object": "list", "data": [model_entry(name) for name in app.models.names()] + adapters})
 
 
 @app.get("/v1/models/<path:model_id>")
 async def retrieve_model(model_id: str) -> Response:
     name = app.models.resolve(model_id)
+    if (adapter := app.models.adapters.get(model_id)) is not None:
+        return json_response(model_entry(name, adapter))
     if name not in app.models.names() or app.settings.force_model and model_id != app.models.public_id(name):
         raise unknown_model(model_id)
     return json_response(model_entry(name))
