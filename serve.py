@@ -924,36 +924,51 @@ def placement(config: Config) -> dict[str, Any]:
 
 
 def settle_quantised(network: transformers.PreTrainedModel) -> None:
-    """Make quantised layers compute in the network's own dtype, and let go of the file that they were quantised from."""
-    for module in network.modules():
+    """Let quantised layers compute in the network's own dtype, and let go of the file that they were quantised from."""
+    for name, module in list(network.named_modules()):
         if type(module).__name__ == "Linear4bit":
             module.compute_dtype = network.dtype
-            # bitsandbytes' product for CPUs with AVX512-BF16 takes whole tiles, in bfloat16; other layers are dequantised.
-            module.support_avx512bf16_for_cpu = module.support_avx512bf16_for_cpu and network.dtype == torch.bfloat16 and (
-                module.out_features % 32 == module.in_features % module.weight.quant_state.blocksize == 0)
+            # bitsandbytes' product for CPUs with AVX512-BF16 takes whole tiles, in bfloat16; other layers are dequantised,
+            # which bitsandbytes 0.50 gets wrong on CPU where a group goes beyond a row.
+            module.support_avx512bf16_for_cpu = (module.support_avx512bf16_for_cpu and module.out_features % 32 == 0
+                                                 and network.dtype == torch.bfloat16)
+            if module.in_features % module.weight.quant_state.blocksize and module.weight.device.type == "cpu":
+                plain = torch.nn.Linear(module.in_features, module.out_features, device="meta")
+                plain.bias, plain.weight = module.bias, torch.nn.Parameter(bnb_values(module).dequantised().to(network.dtype))
+                network.set_submodule(name, plain)
     for parameter in network.parameters():
         if type(parameter) is torch.nn.Parameter and parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()  # else all of it stays mapped for the sake of the embeddings
 
 
-def bnb_values(linear: torch.nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the values of a layer of bitsandbytes: codes [out, in] uint8, scales [out, in // group] and table, float32.
+def pack_quantised(network: transformers.PreTrainedModel) -> None:
+    """Let our kernel compute with the values of bitsandbytes' layers, where there is one.
 
-    weight[n, k] = table[codes[n, k]] * scales[n, k // group]. A 4-bit layer must not have run on a CPU with AVX512-BF16: that
-    reorders its codes, and rounds its scales.
+    On CPU its own products dequantise the whole weight each time, or round its scales, or quantise the inputs too.
     """
+    if network.dtype != torch.bfloat16 or network.device.type != "cpu" or panels_cpu.unavailable():
+        return
+    for name, module in list(network.named_modules()):
+        if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
+            if panels_cpu.unsupported(values := bnb_values(module)) is None:
+                network.set_submodule(name, panels_cpu.PanelLinear(values, module.bias))
+
+
+def bnb_values(linear: torch.nn.Linear) -> panels_cpu.Grouped:
+    """Return the values of a layer of bitsandbytes; a 4-bit one must not have run: that may reorder codes and round scales."""
     from bitsandbytes.functional import dequantize_blockwise
 
     weight, state = linear.weight, getattr(linear, "quant_state", None)
-    if state is None:  # 8 bits, one scale a row
-        scales = linear.state.SCB if weight.SCB is None else weight.SCB
-        table = torch.arange(-128, 128, dtype=torch.float32, device=weight.device)
-        return (weight.data.int() + 128).to(torch.uint8), scales.float()[:, None] / 127, table
-    assert not getattr(state, "packing_format_for_cpu", False) and linear.in_features % state.blocksize == 0
+    if state is None:  # int8, one scale a row
+        scale = (linear.state.SCB if weight.SCB is None else weight.SCB).float()[:, None] / 127
+        return panels_cpu.Grouped(8, weight.data.view(torch.uint8), scale, torch.zeros_like(scale))
+    assert not getattr(state, "packing_format_for_cpu", False)
     pairs = weight.data.view(torch.uint8).flatten()
     codes = torch.stack([pairs >> 4, pairs & 15], 1).view(linear.out_features, linear.in_features)
-    scales = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
-    return codes, scales.float().view(linear.out_features, -1), state.code
+    scale = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+    group = math.gcd(state.blocksize, linear.in_features)  # a group may go beyond a row: its parts have one scale
+    scale = scale.float().repeat_interleave(state.blocksize // group)[:codes.numel() // group].view(linear.out_features, -1)
+    return panels_cpu.Grouped(4, codes, scale, torch.zeros_like(scale), state.code)
 
 
 def add_adapter(network: transformers.PreTrainedModel, name: str, folder: str) -> None:
@@ -987,6 +1002,8 @@ def load_model(name: str, checkpoint: Checkpoint, config: Config, first: bool, r
             attach_codes(network, checkpoint)
         for adapter, folder in adapters.items():
             add_adapter(network, adapter, folder)
+        if not adapters:
+            pack_quantised(network)
     except Exception as error:  # files and code that are not ours: whatever they raise, this model cannot be had
         log.debug("load", exc_info=True)
         reason = (str(error) or type(error).__name__).splitlines()[0]
