@@ -1053,6 +1053,12 @@ class Ragged:
     seq_lens: Tensor  # [sequences] int32: tokens in the cache once this step's are written
     logits_rows: Tensor  # [samples] int64: the last row of each sequence that gets a token, then those before scored tokens
 
+    def to(self, device: torch.device) -> Ragged:
+        """Return the batch on a device: itself, but where a model is spread over several."""
+        if self.input_ids.device == device:
+            return self
+        return Ragged(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+
 
 def ragged(batch: Batch, block_size: int, device: torch.device) -> Ragged:
     """Lay a batch out as tensors."""
@@ -1094,7 +1100,7 @@ def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, a
     runner.options[module.layer_idx] = options = {
         "scale": q.shape[-1] ** -0.5 if scaling is None else scaling, "window": sliding_window or 0, "softcap": softcap or 0.0,
         "sinks": s_aux if s_aux is not None else getattr(module, "sinks", None)}
-    batch = runner.batch
+    batch = runner.batch.to(q.device)
     out = runner.attention(q, k, v, k_cache, v_cache, batch.slot_mapping, batch.block_tables, batch.cu_seqlens_q,
                            batch.seq_lens, **options)
     return out.unsqueeze(0), None
@@ -1122,8 +1128,12 @@ class PagedRunner:
         return self.caches[layer]
 
     @property
-    def block_bytes(self) -> int:
-        return sum(x[0].nbytes for pair in self.caches.values() for x in pair)
+    def block_bytes(self) -> Counter[torch.device]:
+        """Bytes of a block on each device."""
+        sizes: Counter[torch.device] = Counter()
+        for x in itertools.chain(*self.caches.values()):
+            sizes[x.device] += x[0].nbytes
+        return sizes
 
     def resize(self, num_blocks: int) -> None:
         """Set the cache's size; its contents are gone."""
@@ -1460,9 +1470,11 @@ def make_runner(model: Model, kernel: Callable[..., Tensor], config: Config) -> 
     if not (difference := relative_error(after, before)) < 0.1:
         raise APIError(400, f"The model {model.id!r} cannot be run: fused, its logits differ by {difference:.1e}",
                        "model_not_supported", "model")
-    memory, memory_left = cache_bytes(config, model.device), available_memory(model.device)
-    num_blocks = min(useful, max(2, memory // runner.block_bytes))
-    if num_blocks * runner.block_bytes > memory_left:
+    num_blocks, memory, memory_left, size = min(
+        (cache_bytes(config, device) // size, cache_bytes(config, device), available_memory(device), size)
+        for device, size in runner.block_bytes.items())  # on the device that has room for the fewest
+    num_blocks = min(useful, max(2, num_blocks))
+    if num_blocks * size > memory_left:
         raise APIError(400, f"{memory_left} bytes are free, too few for a KV cache of {memory}", "no_memory")
     if (num_blocks - 1) * config.block_size < min(model.max_model_len, 256):
         raise APIError(400, f"{memory} bytes are too few for a KV cache: raise --kv-cache-memory", "no_memory")
