@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import copy
+import ctypes
 import functools
 import gc
 import hashlib
@@ -46,6 +47,7 @@ import threading
 import time
 import types
 import uuid
+import warnings
 import zipfile
 from array import array
 from collections import Counter, OrderedDict, deque
@@ -87,6 +89,7 @@ from torch import Tensor
 from werkzeug.exceptions import HTTPException
 
 log = logging.getLogger("serve")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it has something to say at every 8-bit product
 
 # ── Configuration ─────────────────────────────────────────────────────────────────────────────────────────────────────
 # Declares every setting once, as a field of `Config`; the command line is derived from the fields.
@@ -144,6 +147,14 @@ def existing_file(text: str) -> str:
     return text
 
 
+def named_adapter(text: str) -> str:
+    """Return a NAME=FOLDER whose folder holds an adapter."""
+    name, _, folder = text.partition("=")
+    if not re.fullmatch(r"[\w-]+", name) or not (Path(folder).expanduser() / "adapter_config.json").is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a name, an equals sign and the folder of an adapter")
+    return text
+
+
 def usable_device(text: str) -> str:
     """Return the torch device that a name stands for; auto is cuda, then mps, then cpu."""
     if text == "auto":
@@ -181,6 +192,16 @@ class Config:
                              "run; dequantised: they become bfloat16. The answers are the same",
                              choices=["packed", "dequantised"])
     device: str = flag("auto", "models", "auto (cuda, then mps, then cpu) or a torch device", usable_device, metavar="DEVICE")
+    device_map: str | None = flag(None, "models", "spread each model over all GPUs, as accelerate does by this name",
+                                  choices=["auto", "balanced", "balanced_low_0", "sequential"])
+    quantization: str | None = flag(None, "quantisation", "quantise the weights with bitsandbytes as they are loaded",
+                                    choices=["bnb-4bit", "bnb-8bit"])
+    bnb_4bit_quant_type: str = flag("nf4", "models", "the 16 values of a 4-bit weight", choices=["nf4", "fp4"])
+    llm_int8_threshold: float = flag(0.0, "models", "8-bit layers multiply inputs above it in 16 bits; 0: none, so that no "
+                                     "answer depends on others in its batch and CUDA graphs can be captured",
+                                     at_least(0, float))
+    adapter: tuple[str, ...] = flag((), "models", "a LoRA adapter of the first model, for requests whose model is NAME or "
+                                    "MODEL:NAME; repeatable", named_adapter, metavar="NAME=FOLDER")
     trust_remote_code: bool = flag(False, "models", "run model code that comes with a checkpoint")
     model_timeout: float = flag(300.0, "models", "seconds after which an idle model loaded on demand is dropped; 0: never",
                                 at_least(0, float))
@@ -219,23 +240,24 @@ class Config:
         """The kind of attention that `attn_implementation` names."""
         return ATTENTION[self.attn_implementation]
 
+    @property
+    def adapters(self) -> dict[str, str]:
+        """The folder of each adapter, by its name."""
+        return {name: str(Path(folder).expanduser()) for name, _, folder in (text.partition("=") for text in self.adapter)}
+
 
 REFUSED_FLAGS = {
     "--cb-num-blocks": "use --kv-cache-memory",
     "--cb-use-cuda-graph": "CUDA graphs are not supported",
     "--compile": "torch.compile is not used: it was measured to be no faster here",
-    "--quantization": "loading in 8 or 4 bits is not supported yet",
-    "--load-in-4bit": "loading in 8 or 4 bits is not supported yet",
-    "--load-in-8bit": "loading in 8 or 4 bits is not supported yet",
-    "--bnb-4bit-quant-type": "loading in 8 or 4 bits is not supported yet",
-    "--use-bnb-nested-quant": "loading in 8 or 4 bits is not supported yet",
     "--decision-config": "/v1/systemone is not served",
     "--processor": "a model's own processor is used",
     "--input-validation": "requests are always validated",
     "--non-blocking": "the port always opens before the model is loaded",
     "--format": "there is no such output", "--json": "there is no such output", "--no-truncate": "there is no such output",
 }
-ACCEPTED_FLAGS = {"--no-compile", "--no-cb-use-cuda-graph", "-q", "--quiet"}  # they ask for what is so anyway
+# They ask for what is so anyway.
+ACCEPTED_FLAGS = {"--no-compile", "--no-cb-use-cuda-graph", "--use-bnb-nested-quant", "-q", "--quiet"}
 
 
 def parse_command_line(argv: list[str]) -> Config:
@@ -244,6 +266,10 @@ def parse_command_line(argv: list[str]) -> Config:
                                      epilog=f"Downloads are kept in {cache_folder()} (set SERVE_CACHE to move it).")
     parser.error = lambda message: parser.exit(2, f"serve.py: {message}\n")
     groups = {name: parser.add_argument_group(name) for name in ("models", "engine", "server")}
+    groups["quantisation"] = groups["models"].add_mutually_exclusive_group()
+    for name in ("bnb-4bit", "bnb-8bit"):
+        groups["quantisation"].add_argument("--load-in-" + name[4:], dest="quantization", action="store_const", const=name,
+                                            help=f"the same as --quantization {name}")
     for f in fields(Config):
         add_argument(groups[f.metadata["group"]], f.name, str(f.type), f.default, f.metadata)
     arguments = []
@@ -258,6 +284,11 @@ def parse_command_line(argv: list[str]) -> Config:
     values = vars(parser.parse_args(arguments))
     if values["force_model"] and values["models"]:
         parser.error("--force-model loads one model: name no others")
+    taken = {*values["models"], values["force_model"], values["served_model_name"]}
+    for name in (text.partition("=")[0] for text in values["adapter"]):
+        if name in taken:
+            parser.error(f"--adapter: the name {name!r} is taken")
+        taken.add(name)
     return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
@@ -461,6 +492,7 @@ class Sequence:
     finish_reason: str | None = None
     error: APIError | None = None
     cache: Any = None  # the fallback runner's own Hugging Face cache
+    adapter: str | None = None  # with which it is computed
 
     @property
     def num_generated_tokens(self) -> int:
@@ -516,24 +548,35 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
         self.budget = self.scored_budget = 0  # tokens that the step being scheduled has left, and those of scored prompts
+        self.turns: dict[str | None, None] = {}  # the adapters met so far, least recently served first
 
     @property
     def idle(self) -> bool:
         return not (self.waiting or self.running)
 
     def schedule(self) -> Batch:
-        """Return the next step's batch; every scheduled token has a slot in its sequence's blocks."""
+        """Return the next step's batch, all of one adapter; every scheduled token has a slot in its sequence's blocks."""
         batch: Batch = {}
         self.budget, self.scored_budget = self.max_batch_tokens, self.max_scored
-        for seq in list(self.running):  # a prompt in chunks is the youngest of them, but for a scored one: that leaves room
-            if seq.block_table:  # not preempted by a sequence before it
-                self.grow(seq, batch)
-        self.publish(batch)
-        while self.waiting and self.room(self.waiting[0]) and len(self.running) < self.max_running:
-            if not self.admit(self.waiting[0], batch):
+        if self.waiting:
+            self.turns.setdefault(self.waiting[0].adapter)
+        for adapter in list(self.turns):
+            self.schedule_adapter(adapter, batch)
+            if batch:
+                self.turns[adapter] = self.turns.pop(adapter)
                 break
         assert batch or self.idle
         return batch
+
+    def schedule_adapter(self, adapter: str | None, batch: Batch) -> None:
+        """Schedule the running sequences of one adapter, and those that wait first in line."""
+        for seq in list(self.running):  # a prompt in chunks is the youngest of them, but for a scored one: that leaves room
+            if seq.adapter == adapter and seq.block_table:  # not preempted by a sequence before it
+                self.grow(seq, batch)
+        self.publish(batch)
+        while self.waiting and self.room(self.waiting[0]) and len(self.running) < self.max_running:
+            if self.waiting[0].adapter != adapter or not self.admit(self.waiting[0], batch):
+                break
 
     def room(self, seq: Sequence) -> int:
         """Return how many of a sequence's tokens the step can still take."""
@@ -659,10 +702,22 @@ class Model:
     longest_token: int  # in characters
     byte_level: bool  # tokens are spelt in GPT-2's alphabet of bytes
     created: int
+    adapters: frozenset[str] = frozenset()
+    active: str | None = None  # the adapter that the network computes with now
 
     @property
     def device(self) -> torch.device:
         return self.network.device
+
+    def activate(self, adapter: str | None) -> None:
+        """Let the network compute with one of its adapters, or with none."""
+        if adapter != self.active:
+            if adapter is None:
+                self.network.disable_adapters()
+            else:
+                self.network.set_adapter(adapter_key(adapter))
+                self.network.enable_adapters()
+            self.active = adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -829,8 +884,8 @@ def attach_codes(network: transformers.PreTrainedModel, checkpoint: Checkpoint) 
         network.get_submodule(name).grouped = grouped
 
 
-def load_network(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) -> transformers.PreTrainedModel:
-    """Load the weights onto the CPU; GGUF is dequantised."""
+def load_network(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool, **placement: Any) -> transformers.PreTrainedModel:
+    """Load the weights, onto the CPU unless `placement` says otherwise; GGUF is dequantised."""
     options = {"trust_remote_code": trust_remote_code}
     if checkpoint.gguf:
         options["gguf_file"] = checkpoint.gguf
@@ -838,12 +893,99 @@ def load_network(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) ->
     auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     if checkpoint.gguf and dtype == "auto":
         dtype = "bfloat16"
-    network = auto.from_pretrained(checkpoint.folder, dtype=dtype, **options)
+    if quantised := getattr(config, "quantization_config", None):
+        if "quantization_config" in placement:
+            raise ValueError("its weights are quantised already: leave out --quantization")
+        if not transformers.quantizers.AutoHfQuantizer.supports_quant_method(quantised):  # it would load as if it were not
+            raise ValueError(f"transformers does not know its quantisation, {quantised.get('quant_method')}")
+    network = auto.from_pretrained(checkpoint.folder, dtype=dtype, **options, **placement)
     if checkpoint.gguf:  # these are ordinary weights now
         network.hf_quantizer, network.is_quantized = None, False
         if hasattr(network.config, "quantization_config"):
             del network.config.quantization_config
+    elif getattr(network, "is_quantized", False):
+        settle_quantised(network)
     return network.eval().requires_grad_(False)
+
+
+def placement(config: Config) -> dict[str, Any]:
+    """Return the arguments of from_pretrained that say where weights go, and how many bits they have there.
+
+    8-bit layers with a threshold look through the whole batch for large inputs: a row's result depends on its neighbours,
+    and the search rules out CUDA graphs.
+    """
+    where = {"device_map": config.device_map or {"": config.device}}
+    if config.quantization is None:
+        return where
+    return where | {"quantization_config": transformers.BitsAndBytesConfig(
+        load_in_4bit=config.quantization == "bnb-4bit", bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+        load_in_8bit=config.quantization == "bnb-8bit", llm_int8_threshold=config.llm_int8_threshold)}
+
+
+def settle_quantised(network: transformers.PreTrainedModel) -> None:
+    """Let quantised layers compute in the network's own dtype, and let go of the file that they were quantised from."""
+    for name, module in list(network.named_modules()):
+        if type(module).__name__ == "Linear4bit":
+            module.compute_dtype = network.dtype
+            # bitsandbytes' product for CPUs with AVX512-BF16 takes whole tiles, in bfloat16; other layers are dequantised,
+            # which bitsandbytes 0.50 gets wrong on CPU where a group goes beyond a row.
+            module.support_avx512bf16_for_cpu = (module.support_avx512bf16_for_cpu and module.out_features % 32 == 0
+                                                 and network.dtype == torch.bfloat16)
+            if module.in_features % module.weight.quant_state.blocksize and module.weight.device.type == "cpu":
+                plain = torch.nn.Linear(module.in_features, module.out_features, device="meta")
+                plain.bias, plain.weight = module.bias, torch.nn.Parameter(bnb_values(module).dequantised().to(network.dtype))
+                network.set_submodule(name, plain)
+    for parameter in network.parameters():
+        if type(parameter) is torch.nn.Parameter and parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()  # else all of it stays mapped for the sake of the embeddings
+
+
+def pack_quantised(network: transformers.PreTrainedModel) -> None:
+    """Let our kernel compute with the values of bitsandbytes' layers, where there is one.
+
+    On CPU its own products dequantise the whole weight each time, or round its scales, or quantise the inputs too.
+    """
+    if network.dtype != torch.bfloat16 or network.device.type != "cpu" or panels_cpu.unavailable():
+        return
+    for name, module in list(network.named_modules()):
+        if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
+            if panels_cpu.unsupported(values := bnb_values(module)) is None:
+                network.set_submodule(name, panels_cpu.PanelLinear(values, module.bias))
+
+
+def bnb_values(linear: torch.nn.Linear) -> panels_cpu.Grouped:
+    """Return the values of a layer of bitsandbytes; a 4-bit one must not have run: that may reorder codes and round scales."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    weight, state = linear.weight, getattr(linear, "quant_state", None)
+    if state is None:  # int8, one scale a row
+        scale = (linear.state.SCB if weight.SCB is None else weight.SCB).float()[:, None] / 127
+        return panels_cpu.Grouped(8, weight.data.view(torch.uint8), scale, torch.zeros_like(scale))
+    assert not getattr(state, "packing_format_for_cpu", False)
+    pairs = weight.data.view(torch.uint8).flatten()
+    codes = torch.stack([pairs >> 4, pairs & 15], 1).view(linear.out_features, linear.in_features)
+    scale = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+    group = math.gcd(state.blocksize, linear.in_features)  # a group may go beyond a row: its parts have one scale
+    scale = scale.float().repeat_interleave(state.blocksize // group)[:codes.numel() // group].view(linear.out_features, -1)
+    return panels_cpu.Grouped(4, codes, scale, torch.zeros_like(scale), state.code)
+
+
+def add_adapter(network: transformers.PreTrainedModel, name: str, folder: str) -> None:
+    """Load an adapter into the network, inactive. Raises ValueError for one that does not fit it."""
+    with warnings.catch_warnings(action="ignore"):  # that there are several is what we want
+        loaded = network.load_adapter(folder, adapter_key(name), adapter_kwargs={"local_files_only": True},
+                                      ignore_mismatched_sizes=True)
+    wrong = {key for key, *_ in loaded.mismatched_keys} | loaded.unexpected_keys | loaded.missing_keys
+    if wrong := sorted(key for key in wrong if adapter_key(name) in key):  # other adapters' are among the missing
+        raise ValueError(f"the adapter {name} is not for it: {wrong[0]}")
+    network.disable_adapters()
+    network.requires_grad_(False)
+
+
+def adapter_key(name: str) -> str:
+    """Return an adapter's name within a network: transformers takes parameters that have it in their own name for its."""
+    return f"<{name}>"
 
 
 def load_model(name: str, checkpoint: Checkpoint, config: Config, first: bool, report: Callable[[str], None]) -> Model:
@@ -854,9 +996,14 @@ def load_model(name: str, checkpoint: Checkpoint, config: Config, first: bool, r
         report("processor")
         tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.folder, **options)
         report("weights")
-        network = load_network(checkpoint, config.dtype, config.trust_remote_code).to(config.device)
-        if config.gguf_weights == "packed":
+        network = load_network(checkpoint, config.dtype, config.trust_remote_code, **placement(config))
+        adapters = config.adapters if first else {}
+        if config.gguf_weights == "packed" and config.quantization is None and not adapters:
             attach_codes(network, checkpoint)
+        for adapter, folder in adapters.items():
+            add_adapter(network, adapter, folder)
+        if not adapters:
+            pack_quantised(network)
     except Exception as error:  # files and code that are not ours: whatever they raise, this model cannot be had
         log.debug("load", exc_info=True)
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -871,9 +1018,16 @@ def load_model(name: str, checkpoint: Checkpoint, config: Config, first: bool, r
     return Model(
         id=name, network=network, tokenizer=tokenizer, generation=generation, vocab_size=text.vocab_size,
         eos_token_ids=frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos]),
-        max_model_len=min(longest, config.max_model_len or longest), created=int(time.time()),
+        max_model_len=min(longest, config.max_model_len or longest), created=int(time.time()), adapters=frozenset(adapters),
         special_ids=frozenset(tokenizer.all_special_ids), longest_token=max(map(len, tokenizer.get_vocab())),
         byte_level="ByteLevel" in repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)))
+
+
+def return_memory() -> None:
+    """Give back to the system what loading has freed; glibc would keep it."""
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def available_memory(device: torch.device) -> int:
@@ -898,6 +1052,12 @@ class Ragged:
     cu_seqlens_q: Tensor  # [sequences + 1] int32: where each sequence's rows start
     seq_lens: Tensor  # [sequences] int32: tokens in the cache once this step's are written
     logits_rows: Tensor  # [samples] int64: the last row of each sequence that gets a token, then those before scored tokens
+
+    def to(self, device: torch.device) -> Ragged:
+        """Return the batch on a device: itself, but where a model is spread over several."""
+        if self.input_ids.device == device:
+            return self
+        return Ragged(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
 
 
 def ragged(batch: Batch, block_size: int, device: torch.device) -> Ragged:
@@ -940,7 +1100,7 @@ def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, a
     runner.options[module.layer_idx] = options = {
         "scale": q.shape[-1] ** -0.5 if scaling is None else scaling, "window": sliding_window or 0, "softcap": softcap or 0.0,
         "sinks": s_aux if s_aux is not None else getattr(module, "sinks", None)}
-    batch = runner.batch
+    batch = runner.batch.to(q.device)
     out = runner.attention(q, k, v, k_cache, v_cache, batch.slot_mapping, batch.block_tables, batch.cu_seqlens_q,
                            batch.seq_lens, **options)
     return out.unsqueeze(0), None
@@ -968,8 +1128,12 @@ class PagedRunner:
         return self.caches[layer]
 
     @property
-    def block_bytes(self) -> int:
-        return sum(x[0].nbytes for pair in self.caches.values() for x in pair)
+    def block_bytes(self) -> Counter[torch.device]:
+        """Bytes of a block on each device."""
+        sizes: Counter[torch.device] = Counter()
+        for x in itertools.chain(*self.caches.values()):
+            sizes[x.device] += x[0].nbytes
+        return sizes
 
     def resize(self, num_blocks: int) -> None:
         """Set the cache's size; its contents are gone."""
@@ -981,6 +1145,7 @@ class PagedRunner:
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the logits [samples, vocab] of the sequences that this batch computes to their end, then of scored tokens."""
+        self.model.activate(next(iter(batch)).adapter)
         self.batch = ragged(batch, self.block_size, self.model.device)
         _step.runner = self
         keep = {"logits_to_keep": self.batch.logits_rows} if self.keeps_logits else {}
@@ -1005,6 +1170,7 @@ class SequentialRunner:
 
         The code that runs here is the model's own, and may fail on one prompt: then that sequence has an error.
         """
+        self.model.activate(next(iter(batch)).adapter)
         rows = []
         for seq, count in batch.items():
             scored = len(seq.scored(count))
@@ -1093,7 +1259,7 @@ def self_test(runner: PagedRunner) -> str | None:
         elif kinds and any(bool(runner.options[i]["window"]) != (kind == "sliding_attention")
                            for i, kind in enumerate(text.layer_types)):
             problem = "sliding windows are not passed on"
-        elif not worst < (1e-3 if expected.dtype == torch.float32 else 0.1):
+        elif not worst < (1e-3 if expected.dtype == torch.float32 and not getattr(network, "is_quantized", False) else 0.1):
             problem = f"logits differ by {worst:.1e}"
     except Exception as error:  # whatever a model's own code raises when it meets an attention function like ours
         log.debug("self-test", exc_info=True)
@@ -1296,16 +1462,19 @@ def make_runner(model: Model, kernel: Callable[..., Tensor], config: Config) -> 
         block_bytes = max(1, runner.token_bytes) * config.block_size  # here blocks only count tokens
         return runner, min(useful, max(2, cache_bytes(config, model.device) // block_bytes))
     before = advance(runner, {scratch_sequences(runner, 40)[0]: 40})
-    fuse_layers(runner)
-    if model.device.type == "cpu":
+    if not model.adapters:  # these stand inside the layers, one of them at a time
+        fuse_layers(runner)
+    if model.device.type == "cpu" and not model.adapters:
         linear_cpu.pack_linears(model.network)
     after = advance(runner, {scratch_sequences(runner, 40)[0]: 40})  # what was patched and packed, together, once
     if not (difference := relative_error(after, before)) < 0.1:
         raise APIError(400, f"The model {model.id!r} cannot be run: fused, its logits differ by {difference:.1e}",
                        "model_not_supported", "model")
-    memory, memory_left = cache_bytes(config, model.device), available_memory(model.device)
-    num_blocks = min(useful, max(2, memory // runner.block_bytes))
-    if num_blocks * runner.block_bytes > memory_left:
+    num_blocks, memory, memory_left, size = min(
+        (cache_bytes(config, device) // size, cache_bytes(config, device), available_memory(device), size)
+        for device, size in runner.block_bytes.items())  # on the device that has room for the fewest
+    num_blocks = min(useful, max(2, num_blocks))
+    if num_blocks * size > memory_left:
         raise APIError(400, f"{memory_left} bytes are free, too few for a KV cache of {memory}", "no_memory")
     if (num_blocks - 1) * config.block_size < min(model.max_model_len, 256):
         raise APIError(400, f"{memory} bytes are too few for a KV cache: raise --kv-cache-memory", "no_memory")
@@ -1729,6 +1898,26 @@ def token_bytes(model: Model, id: int) -> bytes:
 # Decides which models are in memory: loads them at the start and on demand, drops the idle ones. An engine runs per model.
 
 
+class AdaptedEngine:
+    """An engine seen through an adapter of its model: what is submitted here is computed with that."""
+
+    def __init__(self, engine: Engine, id: str, adapter: str) -> None:
+        self.engine, self.adapter = engine, adapter
+        self.model = replace(engine.model, id=id)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    def submit(self, *arguments: Any, **options: Any) -> TokenStream:
+        """Submit to the engine; cached prefixes are the adapter's own."""
+        stream = self.engine.submit(*arguments, **options)
+        stream.engine = self
+        for seq in stream.sequences:
+            seq.adapter = self.adapter
+            seq.salt = hashlib.blake2b(self.adapter.encode() + b"\0" + seq.salt, digest_size=16).digest()
+        return stream
+
+
 @dataclass(slots=True, eq=False)
 class Loaded:
     """A model in memory or on its way there."""
@@ -1750,6 +1939,8 @@ class ModelPool:
         self.thread = EngineThread(config.threads)
         named = [config.force_model] if config.force_model else list(config.models) or [DEFAULT_MODEL]
         self.named = list(dict.fromkeys(name.removesuffix("@main") for name in named))
+        bases = {self.default, self.public_id(self.default)}
+        self.adapters = {id: name for name in config.adapters for id in (name, *(f"{base}:{name}" for base in bases))}
         self.loaded: dict[str, Loaded] = {}
         self.loading = trio.Lock()
         self.started = False
@@ -1769,7 +1960,7 @@ class ModelPool:
     def resolve(self, name: str | None) -> str:
         """Return the name of the model that answers a request for `name`."""
         # "dummy" is what huggingface_hub's clients send for "whatever model that address serves".
-        if name in (None, "", "dummy", self.config.served_model_name) or self.config.force_model:
+        if name in (None, "", "dummy", self.config.served_model_name) or self.config.force_model or name in self.adapters:
             return self.default
         return name.removesuffix("@main")
 
@@ -1781,8 +1972,8 @@ class ModelPool:
         gc.collect()
         gc.freeze()  # what a loaded model is made of need not be looked at again
 
-    async def get(self, name: str | None) -> Engine:
-        """Return a model's engine, loading the model if need be. Raises APIError 404 for an unknown one."""
+    async def get(self, name: str | None) -> Engine | AdaptedEngine:
+        """Return the engine of a model or an adapter, loading the model if need be. Raises APIError 404 for an unknown one."""
         loaded = self.request(self.resolve(name))
         await loaded.ready.wait()
         if loaded.error:
@@ -1790,6 +1981,8 @@ class ModelPool:
         if loaded.engine is None:  # dropped while this task was not looking
             return await self.get(name)
         loaded.engine.last_used = time.monotonic()
+        if (adapter := self.adapters.get(name)) is not None:
+            return AdaptedEngine(loaded.engine, f"{self.public_id(loaded.name)}:{adapter}", adapter)
         return loaded.engine
 
     def request(self, name: str) -> Loaded:
@@ -1847,6 +2040,7 @@ class ModelPool:
         model = load_model(loaded.name, checkpoint, self.config, loaded.name == self.default,
                            functools.partial(setattr, loaded, "stage"))
         runner, num_blocks = make_runner(model, kernel, self.config)
+        return_memory()
         if runner.paged:
             k_cache, v_cache = next(iter(runner.caches.values()))
             unfit = kernel is attention_cpu.paged_attention and attention_cpu.unsupported(k_cache[0], v_cache[0], k_cache)
@@ -2615,10 +2809,12 @@ async def tokenizer_info() -> Response:
 # GET /health, GET /v1/models, POST /load_model, POST /reset: what is loaded, and loading it.
 
 
-def model_entry(name: str) -> dict[str, Any]:
+def model_entry(name: str, adapter: str | None = None) -> dict[str, Any]:
     loaded = app.models.loaded.get(name)
     engine = loaded and loaded.engine
-    return {"id": app.models.public_id(name), "object": "model", "created": engine.model.created if engine else 0,
+    public_id = app.models.public_id(name)
+    own = {"id": public_id} if adapter is None else {"id": f"{public_id}:{adapter}", "parent": public_id}
+    return {**own, "object": "model", "created": engine.model.created if engine else 0,
             "owned_by": name.split("/")[0] if name.count("/") == 1 else "serve.py",
             "max_model_len": engine.max_len if engine else None}
 
@@ -2630,13 +2826,16 @@ async def health() -> Response:
 
 @app.get("/v1/models")
 async def list_models() -> Response:
-    """List the models of the command line and those loaded since."""
-    return json_response({"object": "list", "data": [model_entry(name) for name in app.models.names()]})
+    """List the models of the command line, their adapters and the models loaded since."""
+    adapters = [model_entry(app.models.default, adapter) for adapter in app.settings.adapters]
+    return json_response({"object": "list", "data": [model_entry(name) for name in app.models.names()] + adapters})
 
 
 @app.get("/v1/models/<path:model_id>")
 async def retrieve_model(model_id: str) -> Response:
     name = app.models.resolve(model_id)
+    if (adapter := app.models.adapters.get(model_id)) is not None:
+        return json_response(model_entry(name, adapter))
     if name not in app.models.names() or app.settings.force_model and model_id != app.models.public_id(name):
         raise unknown_model(model_id)
     return json_response(model_entry(name))

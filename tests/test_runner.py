@@ -234,9 +234,34 @@ def test_cache_bytes(setting: float | None, free: int, expected: int, monkeypatc
 
 def test_the_cache_has_the_size_that_was_asked_for(tiny: Path) -> None:
     runner = load(tiny, kv_cache_memory=1 << 17)
-    assert sum(cache.nbytes for pair in runner.caches.values() for cache in pair) == runner.num_blocks * runner.block_bytes
-    assert runner.block_bytes == 2 * 2 * 4 * 2 * 8 * 4  # layers, keys and values, tokens, heads, dimensions, bytes
-    assert runner.num_blocks == (1 << 17) // runner.block_bytes
+    (size,) = runner.block_bytes.values()
+    assert sum(cache.nbytes for pair in runner.caches.values() for cache in pair) == runner.num_blocks * size
+    assert size == 2 * 2 * 4 * 2 * 8 * 4  # layers, keys and values, tokens, heads, dimensions, bytes
+    assert runner.num_blocks == (1 << 17) // size
+
+
+def test_a_cache_on_two_devices(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model that is spread, the device with the least room decides; a layer's batch is where its queries are."""
+    sizes = serve.Counter({torch.device("cuda:0"): 1000, torch.device("cuda:1"): 3000})
+    monkeypatch.setattr(serve.PagedRunner, "block_bytes", sizes)
+    monkeypatch.setattr(serve, "available_memory", lambda device: 1_000_000 if device.index else 800_000)
+    assert load(tiny, kv_cache_memory=0.9).num_blocks == 300
+    batch = serve.ragged({serve.Sequence([1, 2, 3], 3, serve.SamplingParams(), 0, b"", None, 0, block_table=[1]): 3}, 4,
+                         torch.device("cpu"))
+    elsewhere = batch.to(torch.device("meta"))
+    assert batch.to(torch.device("cpu")) is batch
+    assert {getattr(elsewhere, f.name).device.type for f in serve.fields(elsewhere)} == {"meta"}
+
+
+def test_a_device_map(tiny: Path) -> None:
+    """Where there is one device, a model that is spread over all of them is the same."""
+    config = serve.Config(device="cpu", device_map="auto")
+    model = serve.load_model("some-name", serve.Checkpoint(str(tiny)), config, True, lambda stage: None)
+    plain, ids = load(tiny, kv_cache_memory=1 << 17).model.network, torch.arange(9)[None]
+    with torch.inference_mode():
+        assert model.network.dtype == plain.dtype and model.device.type == "cpu"
+        spread = serve.make_runner(model, serve.attention.paged_attention_sdpa, config)[0]
+        assert spread.paged and spread.model.network.get_input_embeddings()(ids).equal(plain.get_input_embeddings()(ids))
 
 
 def test_a_batch_as_tensors() -> None:

@@ -1,6 +1,7 @@
 """Compare serve.py with `transformers serve`: one checkpoint, one load over HTTP, one server at a time.
 
     python tests/benchmarks/serving.py > table.md
+    python tests/benchmarks/serving.py --servers serve.py,serve.py-8bit,serve.py-4bit --loads single,batch > bits.md
 
 Run it on a quiet machine, with the Python that runs serve.py (and psutil). `transformers serve` gets an environment of
 its own in the cache folder ($SERVE_CACHE, else ~/.cache/serve.py) on first use. Each server is started twice: the first
@@ -215,8 +216,14 @@ def transformers_cb(model: Path, port: int) -> list[str]:
     return [*transformers(model, port), *options]
 
 
+def quantised(bits: int) -> Callable[[Path, int], list[str]]:
+    return lambda model, port: [*serve_py(model, port), f"--load-in-{bits}bit"]
+
+
 SERVERS = {
     "serve.py": Server("serve.py", serve_py),
+    "serve.py-8bit": Server("serve.py-8bit", quantised(8)),
+    "serve.py-4bit": Server("serve.py-4bit", quantised(4)),
     "transformers": Server("transformers", transformers),
     "transformers-cb": Server("transformers-cb", transformers_cb),
 }
@@ -479,7 +486,8 @@ def say(line: str) -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="a checkpoint folder (default: %(default)s)")
-    parser.add_argument("--servers", default=",".join(SERVERS), help="comma-separated, in order (default: %(default)s)")
+    parser.add_argument("--servers", default="serve.py,transformers,transformers-cb",
+                        help=f"comma-separated, in order, of {', '.join(SERVERS)} (default: %(default)s)")
     parser.add_argument("--url", action="append", default=[], metavar="NAME=URL", help="also drive a server that runs already")
     parser.add_argument("--loads", default=",".join([*LOADS, "scoring"]), help="comma-separated (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
