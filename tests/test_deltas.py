@@ -157,7 +157,7 @@ def test_answers_of_families_as_tokens(checkpoint: Path, answer: Answer) -> None
     ids = tokenizer.encode(answer.text, add_special_tokens=False)
     ids.insert(len(ids) // 2, tokenizer.convert_tokens_to_ids("<|other|>"))
     opening = family.opening if answer.opening is None else answer.opening
-    reader, text, pieces = serve.Reader(template, opening, [WEATHER], True), serve.Detokenizer(tokenizer, (), hidden), []
+    reader, text, pieces = serve.Reader(template, opening, [WEATHER], True), serve.Detokenizer(tokenizer, (), hidden=hidden), []
     for id in ids:
         pieces += reader.read(text.add([id]))
     pieces += reader.read(text.add([], last=True), last=True)
