@@ -1471,8 +1471,8 @@ def score(logits: Tensor, batch: Batch) -> dict[Sequence, list[Token]]:
 
 MAX_GRAMMAR_BYTES = 256 << 10
 COMPILE_SECONDS = 5.0
-GRAMMARS_KEPT = 64
-GRAMMAR_LIMITS = llguidance.LLParserLimits(max_lexer_states=50_000, verbose_errors=False)  # a state takes 1 to 2 kB
+GRAMMARS_KEPT = 32
+GRAMMAR_LIMITS = llguidance.LLParserLimits(max_lexer_states=25_000, verbose_errors=False)  # a state takes 1 to 2 kB
 MAX_CALLS = 8  # in one answer whose calls a grammar enforces: a small model would not stop by itself
 # As json.dumps writes it. Free white space would be a loop that a small model does not find out of.
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": False}
@@ -2235,11 +2235,10 @@ class Delta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerForm:
-    """How a model sets reasoning and calls apart, as fields of what transformers calls a response template."""
+    """How a model sets reasoning and calls apart from what it answers."""
 
-    reasoning: dict[str, Any] | None = None
-    calls: dict[str, dict[str, Any]] = field(default_factory=dict)
-    content: dict[str, Any] = field(default_factory=dict)
+    calls: dict[str, dict[str, Any]] = field(default_factory=dict)  # as in what transformers calls a response template
+    content: dict[str, Any] = field(default_factory=dict)  # likewise
     markers: tuple[str, str] | None = None  # what opens and closes the reasoning
     header: str = ""  # what the content starts with
 
@@ -2253,11 +2252,7 @@ JSON_CALLS = {
     "untagged_calls": {"open_pattern": r"\s*(?:\[TOOL_CALLS\](?:[\w-]+(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?)?|<\|python_tag\|>|"
                                        r'\[?\s*\{\s*"(?:name|type|function)"\s*:)'},
 }
-# Calls that a grammar enforces, in the form that `answer_grammar` gives them: these are told as they come.
-LIVE_CALLS = {"live_calls": {"open_pattern": r'\{"name": "(?P<name>[\w-]+)", "arguments": ', "close_pattern": r"\}(?:\n|\Z)",
-                             "transform": {"name": "{name}"}}}
 GPT_OSS = AnswerForm(  # https://cookbook.openai.com/articles/openai-harmony
-    reasoning={"open": "<|channel|>analysis<|message|>", "close": "<|end|>"},
     markers=("<|channel|>analysis<|message|>", "<|end|><|start|>assistant"), header="<|channel|>final<|message|>",
     calls={"tool_calls": {"close": "<|call|>", "content": "json", "transform": CALL, "open_pattern":
                           r"(?: to=functions\.(?P<name>[\w-]+)<\|channel\|>|<\|channel\|>\w+ to=functions\.(?P<name>[\w-]+))"
@@ -2285,8 +2280,14 @@ def answer_form(model: Model) -> AnswerForm:
                     and any(marker in vocabulary or marker in chat_template for marker in pair)), None)
     calls = {"function_calls": FUNCTION_GEMMA} if "<start_function_call>" in chat_template else {}
     calls |= {name: spaced(f) for name, f in known.items() if name == "tool_calls"}
-    return AnswerForm(reasoning=dict(zip(("open", "close"), markers)) if markers else None, markers=markers,
-                      calls=calls | JSON_CALLS, content=known.get("content", {}))
+    return AnswerForm(calls=calls | JSON_CALLS, content=known.get("content", {}), markers=markers)
+
+
+def live_calls(tools: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the field for calls that a grammar enforces, as `answer_grammar` has them: these are told as they come."""
+    names = "|".join(tool["function"]["name"] for tool in tools)
+    return {"live_calls": {"open_pattern": rf'\{{"name": "(?P<name>{names})", "arguments": ', "close_pattern": r"\}(?:\n|\Z)",
+                           "transform": {"name": "{name}"}}}
 
 
 def spaced(field: dict[str, Any]) -> dict[str, Any]:
@@ -2301,7 +2302,7 @@ def spaced(field: dict[str, Any]) -> dict[str, Any]:
 
 def response_template(form: AnswerForm, calls: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
     """Return the template to read an answer with, or None if all of it is content."""
-    fields = {"reasoning": spaced(form.reasoning)} if form.reasoning else {}
+    fields = {"reasoning": spaced(dict(zip(("open", "close"), form.markers)))} if form.markers else {}
     fields |= {name: {**f, "repeats": True} for name, f in calls.items()}
     return {"start_anchor_pattern": r"\A", "fields": {**fields, "content": form.content}} if fields else None
 
@@ -2368,8 +2369,11 @@ class Reader:
 
     def whole_calls(self, value: Any, raw: str, generated: str) -> list[Piece]:
         """Return the calls of a region that has ended, or as content what of it the template did not write."""
-        calls = read_calls(raw) if isinstance(value, str | None) else value if isinstance(value, list) else [value]
-        pairs = [named_arguments(call) for call in calls]
+        calls = value if isinstance(value, list) else [value]
+        try:
+            pairs = [named_arguments(call) for call in (read_calls(raw) if isinstance(value, str | None) else calls)]
+        except (ValueError, RecursionError):
+            pairs = []
         if not pairs or any(pair is None or pair[0] not in self.names for pair in pairs):
             return [Piece("content", generated)]
         pieces = []
@@ -2381,17 +2385,14 @@ class Reader:
 
 
 def read_calls(raw: str) -> list[Any]:
-    """Return the JSON values of a region that holds calls; an empty list if it is anything else."""
+    """Return the JSON values of a region that holds calls. Raises ValueError or RecursionError for anything else."""
     values = []
     inner = re.sub(r"^\s*(?:<tool_call>|<\|python_tag\|>|```\w*)|(?:</tool_call>|```)\s*$", "", raw)
     for part in inner.split("[TOOL_CALLS]"):
         named = re.match(r"\s*([\w-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?(?=\s*\{)", part)  # as Mistral writes it
         part = part[named.end():] if named else part
         while part := part.strip(" \t\r\n;,"):
-            try:
-                value, end = json.JSONDecoder().raw_decode(part)
-            except (ValueError, RecursionError):
-                return []
+            value, end = json.JSONDecoder().raw_decode(part)
             value = {"name": named[1], "arguments": value} if named else value
             values += value if isinstance(value, list) else [value]
             part = part[end:]
@@ -2399,12 +2400,15 @@ def read_calls(raw: str) -> list[Any]:
 
 
 def named_arguments(call: Any) -> tuple[str, str] | None:
-    """Return a call's name and its arguments as JSON, in whichever of the common spellings; None if it is no call."""
+    """Return a call's name and its arguments as JSON, in whichever of the common spellings; None if it is no call.
+
+    Raises ValueError or RecursionError for what Python takes for JSON and others do not.
+    """
     call = call.get("function", call) if isinstance(call, dict) else None
     if isinstance(call, dict) and isinstance(name := call.get("name"), str):
         arguments = decoded_object(next((call[key] for key in ("arguments", "parameters") if call.get(key) is not None), {}))
         if isinstance(arguments, dict):
-            return name, json.dumps(arguments, ensure_ascii=False)
+            return name, json.dumps(arguments, ensure_ascii=False, allow_nan=False).encode().decode()  # not half a surrogate
     return None
 
 
@@ -2802,7 +2806,7 @@ async def chat_completions() -> Response:
     if answer or enforced:
         grammar = chat_grammar(engine.model, form, prompt, None if use.forced else answer, enforced, use.max_calls)
         sampling = replace(sampling, grammar=await engine.grammars.compile(grammar))
-    template = response_template(form, LIVE_CALLS if enforced else form.calls if use.offered else {})
+    template = response_template(form, live_calls(enforced) if enforced else form.calls if use.offered else {})
     make_reader = functools.partial(Reader, template, prompt.opening, use.offered, use.max_calls > 1)
     stream = engine.submit([prompt], sampling, body.n or 1)
     found = deltas(stream, False, hidden_tokens(engine.model.tokenizer, template), make_reader if template else lambda: None)
@@ -2874,12 +2878,14 @@ def template_kwargs(body: ChatRequest, model: Model) -> dict[str, Any]:
     """Return the arguments of the chat template: the server's defaults, then the request's. Raises APIError 400."""
     kwargs = {} if app.settings.reasoning == "auto" else {"enable_thinking": app.settings.reasoning == "on"}
     kwargs |= app.settings.chat_template_kwargs or {}
-    if body.reasoning_effort == "none" and "reasoning_effort" not in str(model.tokenizer.chat_template):
+    effort, template = body.reasoning_effort, str(model.tokenizer.chat_template)
+    if effort is not None and "reasoning_effort" in template:
+        kwargs["reasoning_effort"] = effort
+    elif effort == "none" and ("enable_thinking" in template or answer_form(model).markers is None):
         kwargs["enable_thinking"] = False
-    elif body.reasoning_effort is not None:
-        if "reasoning_effort" not in str(model.tokenizer.chat_template):
-            raise APIError(400, "reasoning_effort is not supported by this model.", "unsupported_parameter", "reasoning_effort")
-        kwargs["reasoning_effort"] = body.reasoning_effort
+    elif effort is not None:
+        raise APIError(400, f"reasoning_effort {effort!r} is not supported by this model.", "unsupported_parameter",
+                       "reasoning_effort")
     return kwargs | (body.chat_template_kwargs or {})
 
 

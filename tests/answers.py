@@ -113,6 +113,9 @@ ANSWERS = [
     *[Answer("qwen2", text, text) for text in [
         f"<tool_call>\n{CALL}\n"[:-8], f"<tool_call>\n{CALL[:-9]}", "<tool_call>", "a <tool_ca",
         "<tool_call>\n{}\n</tool_call>", "<tool_call>\nget_weather(Paris)\n</tool_call>",
+        '<tool_call>\n{"name": "get_weather", "arguments": {"a": NaN}}\n</tool_call>', f"<tool_call>\n{CALL}?\n</tool_call>",
+        '<tool_call>\n{"name": "get_weather", "arguments": {"a": "\\ud800"}}\n</tool_call>',
+        '<tool_call>\n{"name": "get_weather", "arguments": {"a": ' + "[" * 990 + "]" * 990 + "}}\n</tool_call>",
         '<tool_call>\n{"name": "nobody", "arguments": {}}\n</tool_call>\nwell',
         '<tool_call>\n{"name": "get_weather", "arguments": [1]}\n</tool_call>', "<tool_call>" + "[" * 5000,
         '```json\n{"name": "Ada", "age": 36}\n```\nThat is all.', "```python\nprint({})\n```", '```json\n{"a": 1',

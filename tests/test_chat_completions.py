@@ -16,6 +16,7 @@ import huggingface_hub
 import openai
 import pydantic
 import pytest
+import serve
 import torch
 import transformers
 from conftest import QUESTION, LocalServer, ask, stream
@@ -423,3 +424,22 @@ def test_reasoning_comes_under_both_names(server: LocalServer, monkeypatch: pyte
     assert all(delta.get("reasoning") == delta.get("reasoning_content") for delta in deltas)
     assert "".join(delta.get("reasoning", "") for delta in deltas) == message["reasoning"]
     assert len([delta for delta in deltas if "reasoning" in delta]) > 4
+    refused = ask(server, max_tokens=1, reasoning_effort="none")  # this template has no switch
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "reasoning_effort"
+
+
+@pytest.mark.parametrize("effort, template, expected", [
+    ("none", "{{ enable_thinking }}<think>", {"enable_thinking": False}), ("none", "", {"enable_thinking": False}),
+    ("high", "{{ reasoning_effort }}", {"reasoning_effort": "high"}),
+    ("none", "{{ reasoning_effort }}", {"reasoning_effort": "none"}),
+    ("low", "{{ enable_thinking }}<think>", None), ("none", "<think>", None), (None, "<think>", {}),
+])
+def test_reasoning_effort(server: LocalServer, monkeypatch: pytest.MonkeyPatch, effort: str, template: str,
+                          expected: dict | None) -> None:
+    monkeypatch.setattr(server.engine.model.tokenizer, "chat_template", template)
+    body = serve.ChatRequest(messages=[], reasoning_effort=effort)
+    if expected is None:
+        with pytest.raises(serve.APIError, match="reasoning_effort"):
+            serve.template_kwargs(body, server.engine.model)
+    else:
+        assert serve.template_kwargs(body, server.engine.model) == expected

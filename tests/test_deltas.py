@@ -169,7 +169,7 @@ LIVE = '{"name": "get_weather", "arguments": {"city": "Paris", "days": 2}}'
 
 def read_live(text: str, cuts: list[int], opening: str = "", family: str = "qwen3") -> list[list[serve.Piece]]:
     form = serve.answer_form(model_of(FAMILIES[family]))
-    reader = serve.Reader(serve.response_template(form, serve.LIVE_CALLS), opening, [WEATHER], True)
+    reader = serve.Reader(serve.response_template(form, serve.live_calls([WEATHER])), opening, [WEATHER], True)
     edges = [0, *cuts, len(text)]
     return [reader.read(text[start:end]) for start, end in zip(edges, edges[1:])] + [reader.read("", last=True)]
 
@@ -201,9 +201,9 @@ def test_an_enforced_call_that_is_cut_off_keeps_what_came(end: int) -> None:
 
 def test_nothing_is_read_where_there_is_nothing_to_read() -> None:
     form = serve.answer_form(model_of(FAMILIES["no template for tools"]))
-    assert form.reasoning is None and serve.response_template(form, {}) is None
+    assert form.markers is None and serve.response_template(form, {}) is None
     form = serve.answer_form(model_of(FAMILIES["qwen2"]))  # its family reasons, it does not
-    assert form.reasoning is None and serve.response_template(form, {}) is None
+    assert form.markers is None and serve.response_template(form, {}) is None
     assert serve.hidden_tokens(None, None) is None
 
 

@@ -98,7 +98,8 @@ def test_an_answer_that_is_cut_off_says_so(server: LocalServer) -> None:
             json.loads(choice["message"]["content"])
 
 
-KINDS = [({"regex": r"[A-Z][a-z]{2,8} \d{3}"}, r"[A-Z][a-z]{2,8} \d{3}"), ({"regex": "a/b\\\\|\\x41+!"}, r"a/b\\|A+!"),
+KINDS = [({"regex": r"[A-Z][a-z]{2,8} \d{3}"}, r"[A-Z][a-z]{2,8} \d{3}"),
+         ({"regex": "a/b\\\\|\\x41{1,3}!|a\nb \"c\""}, r"a/b\\|A{1,3}!|a\nb \"c\""),
          ({"choice": ["Paris", "Rome", "a \"b\" \\ \n\t\x01", "naïve 🦜"]}, r"Paris|Rome|a \"b\" \\ \n\t\x01|naïve 🦜"),
          ({"choice": ["yes", "yes and no"]}, "yes|yes and no"), ({"grammar": 'root ::= "x" [0-9] "y"'}, r"x\dy"),
          ({"grammar": "start: WORD (\" \" WORD){2}\nWORD: /[a-z]{1,6}/"}, r"[a-z]{1,6}( [a-z]{1,6}){2}"),
@@ -331,37 +332,38 @@ async def test_a_vocabulary_smaller_than_its_tokenizer(exact: serve.Runner) -> N
 # ── Reasoning ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["template opens", "model opens"])
-def thinker(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+@pytest.fixture(scope="module")
+def thinker(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A model of random weights whose answers start with reasoning; with logit_bias it can be made to end that."""
     folder = tmp_path_factory.mktemp("thinker")
     shutil.copytree(tiny, folder, dirs_exist_ok=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens([transformers.AddedToken(text, special=False) for text in ("<think>", "</think>")])
-    opening = "<think>\n" if request.param else ""
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n" + opening + "' }}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% if opens %}{{ '<think>\n' }}{% endif %}"
         "{% if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}")
     tokenizer.save_pretrained(folder)
     network = transformers.LlamaForCausalLM.from_pretrained(folder)
     network.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     network.save_pretrained(folder)
     with start_server(folder, str(folder)) as process:
-        process.opens = request.param
         yield process
 
 
-OPEN, CLOSE = 49152, 49153
+OPEN, CLOSE = "49152", "49153"
+OPENS = pytest.mark.parametrize("fields", [
+    {"chat_template_kwargs": {"opens": True}, "logit_bias": {CLOSE: 8.5}}, {"logit_bias": {OPEN: 100, CLOSE: 8.5}},
+], ids=["the template opens", "the model opens"])
 
 
-def test_the_constraint_starts_after_the_reasoning(thinker: ServerProcess) -> None:
+@OPENS
+def test_the_constraint_starts_after_the_reasoning(thinker: ServerProcess, fields: dict) -> None:
     """The random reasoning ends with a likely end token; both spellings of the field carry it, streamed and not."""
-    bias = {str(CLOSE): 8.5} if thinker.opens else {str(OPEN): 100, str(CLOSE): 8.5}
     seen = 0
     for seed in range(8):
-        fields = {"messages": [{"role": "user", "content": "x"}], "response_format": json_schema(record(a=SMALL, b=YES)),
-                  "temperature": 1, "seed": seed, "max_tokens": 200, "logit_bias": bias, "n": 2}
+        fields = {**fields, "messages": [{"role": "user", "content": "x"}], "temperature": 1, "seed": seed, "max_tokens": 200,
+                  "response_format": json_schema(record(a=SMALL, b=YES)), "n": 2}
         answer = ask(thinker, **fields).json()
         streamed = [{"content": "", "reasoning": "", "reasoning_content": ""} for _ in range(2)]
         for chunk in stream(thinker, **fields):
@@ -380,19 +382,17 @@ def test_the_constraint_starts_after_the_reasoning(thinker: ServerProcess) -> No
 
 def test_without_reasoning_the_constraint_starts_at_once(thinker: ServerProcess) -> None:
     fields = {"messages": [{"role": "user", "content": "x"}], "response_format": json_schema(record(b=YES)), "max_tokens": 50}
-    if thinker.opens:
-        pytest.skip("its template always opens")
     for extra in ({"chat_template_kwargs": {"enable_thinking": False}}, {"reasoning_effort": "none"},
-                  {"logit_bias": {str(OPEN): -100}}):
+                  {"logit_bias": {OPEN: -100}}):
         message = ask(thinker, **fields, **extra).json()["choices"][0]["message"]
         jsonschema.validate(json.loads(message["content"]), record(b=YES))
         assert "reasoning" not in message
 
 
-def test_calls_are_enforced_after_the_reasoning(thinker: ServerProcess) -> None:
+@OPENS
+def test_calls_are_enforced_after_the_reasoning(thinker: ServerProcess, fields: dict) -> None:
     tools = [tool("f", record(a=SMALL)), tool("g", None)]
-    bias = {str(CLOSE): 8.5} if thinker.opens else {str(OPEN): 100, str(CLOSE): 8.5}
-    fields = {"messages": [{"role": "user", "content": "x"}], "tools": tools, "tool_choice": "required", "logit_bias": bias,
+    fields = {**fields, "messages": [{"role": "user", "content": "x"}], "tools": tools, "tool_choice": "required",
               "parallel_tool_calls": False, "temperature": 1, "max_tokens": 200}
     reasons = []
     for seed in range(6):
