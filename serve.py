@@ -14,8 +14,8 @@ The life of a request, top to bottom of this file and back:
     Engine.deliver     appends the tokens to their streams; whoever left the stream is dropped at the next step
     deltas             turns tokens into text, stops at stop strings; chat_chunks makes them chunks, sent or folded
 
-Contents: Configuration · Paged KV cache · Sequences · Scheduler · Model · Runner · Fusion · Sampling · Engine ·
-Model pool · Prompts · Deltas · HTTP · Sampling fields · Chat completions · Completions · Models and health · Main.
+Contents: Configuration · Paged KV cache · Sequences · Scheduler · Model · Runner · Fusion · Sampling · Structured output ·
+Engine · Model pool · Prompts · Deltas · HTTP · Sampling fields · Chat completions · Completions · Models and health · Main.
 Each banner is the name of its test file.
 """
 from __future__ import annotations
@@ -55,7 +55,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 # A short spin between parallel regions is nearly as fast as an endless one and harmless to neighbours; libgomp reads it
 # when torch loads it.
@@ -74,6 +74,8 @@ sys.modules.setdefault("serve_kernels", types.ModuleType("serve_kernels")).__pat
 
 import hypercorn.config
 import hypercorn.trio
+import llguidance
+import llguidance.hf
 import msgspec
 import outcome
 import psutil
@@ -434,6 +436,7 @@ class Prompt:
 
     token_ids: list[int]
     salt: bytes = b""
+    opening: str = ""  # what the template has written of the answer already: its header, perhaps the start of its reasoning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -455,6 +458,7 @@ class SamplingParams:
     stop_token_ids: frozenset[int] = frozenset()  # the model's own end of sequence among them unless ignored
     logprobs: int | None = None  # None: no log-probabilities; k: of the chosen token and of the k most likely
     score_prompt: bool = False  # the prompt's tokens get log-probabilities too
+    grammar: llguidance.LLMatcher | None = None  # at its start; every sequence follows a copy of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -493,6 +497,7 @@ class Sequence:
     error: APIError | None = None
     cache: Any = None  # the fallback runner's own Hugging Face cache
     adapter: str | None = None  # with which it is computed
+    matcher: llguidance.LLMatcher | None = None  # where in its grammar the answer is: it has seen the generated tokens
 
     @property
     def num_generated_tokens(self) -> int:
@@ -1516,7 +1521,19 @@ def adjust(logits: Tensor, sequences: list[Sequence]) -> Tensor:
             if scores is logits:
                 scores = logits.float().clone()
             adjust_row(scores[row], seq)
+    if rows := [row for row, seq in enumerate(sequences) if seq.matcher]:
+        if scores is logits:
+            scores = logits.clone()
+        scores[rows] = scores[rows].masked_fill(~allowed_tokens([sequences[row] for row in rows], scores), -math.inf)
     return scores
+
+
+def allowed_tokens(sequences: list[Sequence], scores: Tensor) -> Tensor:
+    """Return which tokens the sequences' grammars let follow: a bool for every column of the scores [rows, vocab]."""
+    bits = bytearray().join(seq.matcher.compute_bitmask() for seq in sequences)
+    octets = torch.frombuffer(bits, dtype=torch.uint8).view(len(sequences), -1).to(scores.device)
+    places = torch.arange(8, dtype=torch.uint8, device=scores.device)
+    return (octets[..., None] >> places & 1).bool().flatten(1)[:, :scores.shape[-1]]
 
 
 def adjust_row(scores: Tensor, seq: Sequence) -> None:
@@ -1618,6 +1635,184 @@ def score(logits: Tensor, batch: Batch) -> dict[Sequence, list[Token]]:
     return scores
 
 
+# ── Structured output ─────────────────────────────────────────────────────────────────────────────────────────────────
+# Decides what an answer may look like: schemas, regexes, choices and tools become one grammar, compiled by llguidance.
+
+MAX_GRAMMAR_BYTES = 256 << 10
+COMPILE_SECONDS = 5.0
+GRAMMARS_KEPT = 32
+GRAMMAR_LIMITS = llguidance.LLParserLimits(max_lexer_states=25_000, verbose_errors=False)  # a state takes 1 to 2 kB
+MAX_CALLS = 8  # in one answer whose calls a grammar enforces: a small model would not stop by itself
+# As json.dumps writes it. Free white space would be a loop that a small model does not find out of.
+JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": False}
+
+
+@dataclass(slots=True)
+class Grammar:
+    """A grammar to compile: Lark rules over parts, each of which is a grammar of its own."""
+
+    rules: str
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)  # by name, as llguidance has them
+    params: dict[str, str] = field(default_factory=dict)  # the request's field that a part comes from
+
+    @property
+    def text(self) -> str:
+        parts = [{**part, "name": name} for name, part in self.parts.items()]
+        return json.dumps({"grammars": [{"lark_grammar": self.rules}, *parts]})
+
+
+def json_part(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the grammar of the JSON that a schema describes."""
+    return {"json_schema": {**schema, "x-guidance": JSON_STYLE}}
+
+
+def regex_part(regex: str) -> dict[str, Any]:
+    return json.loads(llguidance.LLMatcher.grammar_from_regex(regex))["grammars"][0]
+
+
+def choice_part(choices: list[str]) -> dict[str, Any]:
+    return {"lark_grammar": "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)}
+
+
+def lark_part(text: str) -> dict[str, Any]:
+    """Return a grammar written in Lark or in GBNF. Raises APIError 400."""
+    try:
+        return {"lark_grammar": llguidance.gbnf_to_lark.any_to_lark(text)}
+    except Exception as error:  # a parser: it raises what it likes about its input
+        raise APIError(400, f"It cannot be read: {error}", "invalid_grammar", "structured_outputs.grammar") from None
+
+
+def arguments_part(parameters: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the grammar of a tool's arguments: an object with no properties but those that are described."""
+    closed = {"type": "object", "properties": {}, "additionalProperties": False}
+    if parameters and parameters.keys() & {"$ref", "allOf", "anyOf", "oneOf", "patternProperties"}:  # described elsewhere
+        closed = {"type": "object"}
+    return json_part({**closed, **(parameters or {})})
+
+
+def answer_grammar(preamble: str, answer: dict[str, Any] | None, param: str, tools: list[dict[str, Any]],
+                   max_calls: int) -> Grammar:
+    """Return the grammar of an answer: after the preamble what `answer` describes or, one a line, calls of the tools."""
+    grammar = Grammar(preamble)
+    if answer is not None:
+        grammar.parts["answer"], grammar.params["answer"] = answer, param
+    heads = [json.dumps(f'{{"name": "{tool["function"]["name"]}", "arguments": ') for tool in tools]
+    for i, tool in enumerate(tools):
+        grammar.parts[f"arguments{i}"] = arguments_part(tool["function"].get("parameters"))
+        grammar.params[f"arguments{i}"] = f"tools[{i}].function.parameters"
+    if tools:
+        more = f'("\\n" call){{0,{max_calls - 1}}}' if max_calls > 1 else ""
+        calls = " | ".join(f'{head} @arguments{i} "}}"' for i, head in enumerate(heads))
+        grammar.rules += f"call: {calls}\ncalls: call {more}\n"
+    kinds = ["@answer"] * (answer is not None) + ["calls"] * bool(tools)
+    grammar.rules += f"start: preamble ({' | '.join(kinds)})\n"
+    return grammar
+
+
+def preamble_rules(tokenizer: transformers.PreTrainedTokenizerBase, reasoning: tuple[str, str] | None, opened: bool,
+                   header: str) -> str:
+    """Return the Lark rules of what comes before the constrained part of an answer: reasoning, perhaps, then a header."""
+    last = lark_text(tokenizer, header)
+    if reasoning is None:
+        return f"preamble: {last}\n"
+    start, end = (lark_text(tokenizer, marker) for marker in reasoning)
+    until = f"until: TEXT? {end}" if end.startswith("<[") else f"until[suffix={end}]: TEXT"
+    thoughts = "until SPACE?" if opened else f"({start} until SPACE?)?"
+    return f"preamble: {thoughts} {last}\n{until}\nTEXT: /(?s:.*)/\nSPACE: /[ \\n]{{1,8}}/\n"
+
+
+def lark_text(tokenizer: transformers.PreTrainedTokenizerBase, text: str) -> str:
+    """Return a text as Lark: tokens that were added to the vocabulary as themselves, others as strings."""
+    added = tokenizer.get_added_vocab()
+    pieces = re.split("(" + "|".join(map(re.escape, sorted(added, key=len, reverse=True))) + ")", text) if added else [text]
+    return " ".join(f"<[{added[piece]}]>" if piece in added else json.dumps(piece) for piece in pieces if piece)
+
+
+def on_its_own_thread(function: Callable[[], Any], niceness: int = 0) -> Any:
+    """Run a function on a thread that ends with it, and return what it returns.
+
+    So its OpenMP team ends too: while there are more threads in all teams than cores, libgomp hardly spins, and a step of
+    one sequence takes twice as long. With niceness the thread yields to the others, where threads can (Linux).
+    """
+    def work() -> None:
+        if niceness and sys.platform == "linux":
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
+        results.append(outcome.capture(function))
+
+    results: list[outcome.Outcome] = []
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join()
+    return results[0].unwrap()
+
+
+class Grammars:
+    """One model's compiled grammars, those kept that were used last."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
+        self.turn = trio.Lock()
+
+    @functools.cached_property
+    def tokenizer(self) -> llguidance.LLTokenizer:
+        """The vocabulary as llguidance reads it; that holds the interpreter for a while. Raises ValueError if it cannot."""
+        tokenizer, vocab_size = self.model.tokenizer, self.model.vocab_size
+        ids = tokenizer.get_vocab().values()  # a vocabulary may be smaller than its model's or larger
+        return llguidance.hf.from_tokenizer(tokenizer, max(vocab_size, 1 + max(ids)), sorted(self.model.eos_token_ids) or None)
+
+    def prepare(self) -> None:
+        """Read the vocabulary before there are streams to hold up; if that cannot be, the requests that need it say so."""
+        try:
+            _ = self.tokenizer
+        except Exception as error:  # of a library, about a tokenizer that is not ours
+            log.info("%s: no structured output: %s", self.model.id, error)
+
+    async def compile(self, grammar: Grammar) -> llguidance.LLMatcher:
+        """Return a grammar compiled, off the event loop and yielding to all else. Raises APIError 400."""
+        text, param = grammar.text, next(iter(grammar.params.values()))
+        if len(text) > MAX_GRAMMAR_BYTES:
+            raise APIError(400, f"The grammar has {len(text)} bytes, and at most {MAX_GRAMMAR_BYTES} are taken.",
+                           "grammar_too_large", param)
+        if text not in self.compiled:
+            async with self.turn:
+                if text not in self.compiled:  # nobody was faster
+                    await self.add(text, functools.partial(compile_grammar, self, grammar, text), param)
+        self.compiled.move_to_end(text)
+        if len(self.compiled) > GRAMMARS_KEPT:
+            self.compiled.popitem(last=False)
+        return self.compiled[text]
+
+    async def add(self, text: str, work: Callable[[], llguidance.LLMatcher], param: str) -> None:
+        """Keep what the work compiles. Raises APIError 400 if that takes too long."""
+        with trio.move_on_after(COMPILE_SECONDS):
+            self.compiled[text] = await trio.to_thread.run_sync(on_its_own_thread, work, 10, abandon_on_cancel=True)
+            return
+        raise APIError(400, f"The grammar takes more than {COMPILE_SECONDS:.0f} s to compile.", "grammar_too_complex", param)
+
+
+def compile_grammar(grammars: Grammars, grammar: Grammar, text: str) -> llguidance.LLMatcher:
+    """Compile a grammar. Raises APIError 400, naming the field at fault."""
+    params = list(grammar.params.values())
+    try:
+        make = functools.partial(llguidance.LLMatcher, grammars.tokenizer, log_level=0, limits=GRAMMAR_LIMITS)
+    except Exception as error:  # of a library, about a tokenizer that is not ours
+        raise APIError(400, f"This model's tokenizer cannot be constrained: {error}", "unsupported_parameter",
+                       params[0]) from None
+    matcher = make(text)
+    if matcher.is_error():
+        alone = [make(json.dumps({"grammars": [part]})) for part in grammar.parts.values()]
+        param, bad = next((pair for pair in zip(params, alone) if pair[1].is_error()), (params[0], matcher))
+        raise APIError(400, f"It cannot be enforced: {bad.get_error()}", "invalid_grammar", param)
+    return matcher
+
+
+def grammar_error(matcher: llguidance.LLMatcher) -> APIError:
+    """Return the error of an answer whose grammar cannot be followed further."""
+    reason = matcher.get_error() or "no token may follow"
+    return APIError(400, f"The answer's grammar cannot be followed further: {reason}", "grammar_too_complex")
+
+
 # ── Engine ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 # The waist: `submit` gives HTTP a stream of tokens, `step` moves every sequence on by one turn of the batch.
 
@@ -1646,19 +1841,6 @@ class EngineThread:
         """Run a function on the thread and return what it returns; a forward pass cannot be cancelled."""
         self.jobs.put((function, trio.lowlevel.current_task()))
         return await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
-
-
-def on_its_own_thread(function: Callable[[], Any]) -> Any:
-    """Run a function on a thread that ends with it, and return what it returns.
-
-    So its OpenMP team ends too: while there are more threads in all teams than cores, libgomp hardly spins, and a step of
-    one sequence takes twice as long.
-    """
-    results: list[outcome.Outcome] = []
-    thread = threading.Thread(target=lambda: results.append(outcome.capture(function)), daemon=True)
-    thread.start()
-    thread.join()
-    return results[0].unwrap()
 
 
 class TokenStream:
@@ -1716,6 +1898,7 @@ class Engine:
 
     def __init__(self, model: Model, runner: Runner, scheduler: Scheduler, thread: EngineThread, config: Config) -> None:
         self.model, self.runner, self.scheduler, self.thread = model, runner, scheduler, thread
+        self.grammars = Grammars(model)
         self.max_queue = config.max_queue
         self.seeds = random.Random(config.default_seed)
         self.work = trio.Event()
@@ -1738,7 +1921,7 @@ class Engine:
             self.check_length(prompt)
             seed = self.seeds.getrandbits(64) if sampling.seed is None else sampling.seed + i
             stream.sequences.append(Sequence(list(prompt.token_ids), len(prompt.token_ids), sampling, seed, prompt.salt, stream,
-                                             len(stream.sequences)))
+                                             len(stream.sequences), matcher=sampling.grammar and sampling.grammar.deep_copy()))
         if len(stream.sequences) > self.max_queue:
             raise APIError(400, f"One request can have at most {self.max_queue} answers here.", "invalid_value", "n")
         self.check_queue(stream)
@@ -1823,12 +2006,16 @@ class Engine:
                 if seq.sampling.max_tokens != 0:  # nothing but scores are wanted
                     seq.token_ids.append(token.id)
                     seq.arrived.append(token)
-                seq.finish_reason = "error" if seq.error else self.finish_reason(seq, token)
+                seq.finish_reason = self.finish_reason(seq, token)
                 seq.stream.tell(seq)
 
     def finish_reason(self, seq: Sequence, token: Token) -> str | None:
         """Return why the sequence ends with this token, or None if it goes on."""
-        if token.id in seq.sampling.stop_token_ids and seq.num_generated_tokens:
+        if seq.matcher and not seq.matcher.consume_token(token.id):
+            seq.error = seq.error or grammar_error(seq.matcher)
+        if seq.error:
+            return "error"
+        if token.id in seq.sampling.stop_token_ids and seq.num_generated_tokens or seq.matcher and seq.matcher.is_stopped():
             return "stop"
         full = seq.num_generated_tokens == seq.sampling.max_tokens or len(seq.token_ids) >= self.max_len
         return "length" if full else None
@@ -1842,9 +2029,10 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase, stop: tuple[str, ...],
-                 before: Iterable[int] = ()) -> None:
-        self.decode = functools.partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        self.stop = stop
+                 before: Iterable[int] = (), hidden: frozenset[int] | None = None) -> None:
+        self.decode = functools.partial(tokenizer.decode, skip_special_tokens=hidden is None,
+                                        clean_up_tokenization_spaces=False)
+        self.stop, self.hidden = stop, hidden or frozenset()  # None: all special tokens are
         self.ids = list(before)
         self.start, self.shown = 0, len(self.ids)  # ids[start:shown] is text already; ids[shown:] may end amid a character
         self.held = ""
@@ -1852,7 +2040,7 @@ class Detokenizer:
 
     def add(self, ids: list[int], last: bool = False) -> str:
         """Return the text that these tokens make certain; `last` lets go of all that is held back."""
-        self.ids += ids
+        self.ids += [id for id in ids if id not in self.hidden]
         before, text = self.decode(self.ids[self.start:self.shown]), self.decode(self.ids[self.start:])
         if text.endswith("\ufffd") and len(self.ids) - self.shown < 256 and not last:  # else it is no character's start
             return ""
@@ -2048,7 +2236,9 @@ class ModelPool:
         budget = self.config.max_batch_tokens or (256 if model.device.type == "cpu" else 8192)
         scheduler = Scheduler(BlockPool(num_blocks, self.config.block_size), budget,
                               self.config.max_running if self.config.continuous_batching else 1, paged=runner.paged)
-        return Engine(model, runner, scheduler, self.thread, self.config)
+        engine = Engine(model, runner, scheduler, self.thread, self.config)
+        engine.grammars.prepare()
+        return engine
 
     async def make_room(self, checkpoint: Checkpoint) -> None:
         """Drop idle models, least recently used first, until the weights and a cache fit."""
@@ -2095,13 +2285,15 @@ def plain_messages(messages: list[dict[str, Any]], template: str) -> list[dict[s
         if role not in ROLES:
             raise APIError(400, f"role must be one of {', '.join(ROLES)}, not {role!r}.", "invalid_messages",
                            f"messages[{i}].role")
-        if message.get("tool_calls") and "tool_calls" not in template:
-            raise APIError(400, "tool calls are not supported by this model.", "unsupported_content",
-                           f"messages[{i}].tool_calls")
         if role == "developer" and "developer" not in template:
             role = "system"
-        plain.append({**message, "role": role, "content": plain_content(message, f"messages[{i}].content")})
-    return plain
+        message = {**message, "role": role, "content": plain_content(message, f"messages[{i}].content")}
+        if calls := message.pop("tool_calls", None):
+            message["tool_calls"] = plain_calls(calls, f"messages[{i}].tool_calls")
+        if isinstance(message.get("reasoning"), str):  # one of its two names
+            message.setdefault("reasoning_content", message["reasoning"])
+        plain.append(message)
+    return plain if "tool_calls" in template else calls_as_text(plain)
 
 
 def plain_content(message: dict[str, Any], where: str) -> str:
@@ -2126,24 +2318,93 @@ def plain_content(message: dict[str, Any], where: str) -> str:
     return "".join(texts)
 
 
-def render_chat(model: Model, messages: list[dict[str, Any]], continue_final: bool, kwargs: dict[str, Any]) -> Prompt:
+class PastFunction(msgspec.Struct):
+    name: str
+    arguments: str | dict[str, Any] = ""
+
+
+class PastCall(msgspec.Struct):
+    function: PastFunction
+    id: str | None = None
+
+
+def plain_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """Return an assistant's calls as templates expect them, arguments an object. Raises APIError 400."""
+    try:
+        read = msgspec.convert(calls, list[PastCall])
+    except msgspec.ValidationError as error:
+        raise APIError(400, f"tool_calls: {error}", "invalid_messages", where) from None
+    return [{"id": call.id, "type": "function", "function": {
+        "name": call.function.name, "arguments": decoded_object(call.function.arguments or {})}} for call in read]
+
+
+def decoded_object(value: Any) -> Any:
+    """Return the JSON object that a string holds, or the value itself if it is no such string."""
+    try:
+        return msgspec.json.decode(value, type=dict[str, Any]) if isinstance(value, str) else value
+    except (msgspec.DecodeError, RecursionError):
+        return value
+
+
+def calls_as_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Write past calls and their results into the text, for a template that would drop them."""
+    plain: list[dict[str, Any]] = []
+    for message in messages:
+        texts = [message["content"]] if message["content"] else []
+        texts += [f"<tool_call>\n{json.dumps(call['function'], ensure_ascii=False)}\n</tool_call>"
+                  for call in message.get("tool_calls", ())]
+        text, role = "\n".join(texts), message["role"]
+        if role != "tool":
+            plain.append({**message, "content": text})
+        elif plain and plain[-1]["role"] == "tool":  # one message of all results, since some templates want turns to alternate
+            plain[-1]["content"] += f"\n<tool_response>\n{text}\n</tool_response>"
+        else:
+            plain.append({"role": role, "content": f"<tool_response>\n{text}\n</tool_response>"})
+    return [{**message, "role": "user"} if message["role"] == "tool" else message for message in plain]
+
+
+TOOLS_AS_TEXT = """You may call functions. To call one, answer with nothing but
+<tool_call>
+{{"name": "the function's name", "arguments": {{an object of its arguments}}}}
+</tool_call>
+once for each call; what they return comes between <tool_response> and </tool_response>. These are the functions:
+{functions}"""
+
+
+def describe_tools(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Describe the tools in the system message, for a template that would drop them."""
+    functions = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+    text = TOOLS_AS_TEXT.format(functions=functions)
+    if messages[0]["role"] == "system":
+        return [{**messages[0], "content": f"{messages[0]['content']}\n\n{text}"}, *messages[1:]]
+    return [{"role": "system", "content": text}, *messages]
+
+
+def render_chat(model: Model, messages: list[dict[str, Any]], continue_final: bool, kwargs: dict[str, Any],
+                tools: list[dict[str, Any]] | None = None) -> Prompt:
     """Apply the model's chat template. Raises APIError 400 for what the template refuses. May take a while."""
     if not model.tokenizer.chat_template:
         raise APIError(400, f"The model {model.id!r} has no chat template: use /v1/completions, or start the server with "
                        "--chat-template FILE.", "no_chat_template", "messages")
     if reserved := sorted(RESERVED_TEMPLATE_KWARGS & kwargs.keys()):
         raise APIError(400, f"chat_template_kwargs must not contain {reserved[0]!r}.", "reserved_name", "chat_template_kwargs")
-    messages = plain_messages(messages, str(model.tokenizer.chat_template))
+    template = str(model.tokenizer.chat_template)
+    messages = plain_messages(messages, template)
+    if tools and "tools" in template:
+        kwargs = {**kwargs, "tools": tools}
+    elif tools:
+        messages = describe_tools(messages, tools)
     if continue_final and messages[-1]["role"] != "assistant":
         raise APIError(400, "continue_final_message needs an assistant message at the end.", "invalid_messages", "messages")
+    render = functools.partial(model.tokenizer.apply_chat_template, messages, tokenize=False, **kwargs)
     try:
-        text = model.tokenizer.apply_chat_template(messages, add_generation_prompt=not continue_final, tokenize=False,
-                                                   continue_final_message=continue_final, **kwargs)
+        text = render(add_generation_prompt=not continue_final, continue_final_message=continue_final)
+        opening = messages[-1]["content"] if continue_final else text.removeprefix(render())
     except Exception as error:  # a template is a program: it raises what it likes about its input
         log.debug("template", exc_info=True)
         raise APIError(400, f"The model's chat template refuses these messages: {error}", "template_error",
                        "messages") from error
-    return Prompt(tokenize(model, text, add_special_tokens=False))
+    return Prompt(tokenize(model, text, add_special_tokens=False), opening=opening if len(opening) < len(text) else "")
 
 
 def tokenize(model: Model, text: str, add_special_tokens: bool) -> list[int]:
@@ -2159,35 +2420,236 @@ def tokenize(model: Model, text: str, add_special_tokens: bool) -> list[int]:
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of an answer: its kind is content, reasoning, call (the text is the tool's name) or arguments."""
+
+    kind: str
+    text: str
+    call: int = 0  # which of the answer's calls
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """What a look at the stream brought for one answer."""
 
     index: int
-    text: str
+    text: str  # all of it, as the model wrote it
     tokens: list[Token]  # those behind the text, and behind text still held back
     num_tokens: int  # generated, the one that stops included
     finish_reason: str | None
     end: list[Token] = field(default_factory=list)  # the token that stops, which has no text
+    pieces: tuple[Piece, ...] = ()  # what the text says
 
 
-async def deltas(stream: TokenStream, continuing: bool = False) -> AsyncIterator[Delta]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerForm:
+    """How a model sets reasoning and calls apart from what it answers."""
+
+    calls: dict[str, dict[str, Any]] = field(default_factory=dict)  # as in what transformers calls a response template
+    content: dict[str, Any] = field(default_factory=dict)  # likewise
+    markers: tuple[str, str] | None = None  # what opens and closes the reasoning
+    header: str = ""  # what the content starts with
+
+
+CALL = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
+REASONING = [("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|START_THINKING|>", "<|END_THINKING|>")]
+# Calls written as JSON: as Qwen and Hermes do, in a fence, and as Mistral and Llama 3 do; they are read by `read_calls`.
+JSON_CALLS = {
+    "tagged_calls": {"open_pattern": r"\s*<tool_call>", "close_pattern": r"</tool_call>\s*"},
+    "fenced_calls": {"open_pattern": r"\s*```(?:json|tool_call|tool_code)?\s*[\[{]", "close_pattern": r"[\]}]\s*```\s*"},
+    "untagged_calls": {"open_pattern": r"\s*(?:\[TOOL_CALLS\](?:[\w-]+(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?)?|<\|python_tag\|>|"
+                                       r'\[?\s*\{\s*"(?:name|type|function)"\s*:)'},
+}
+GPT_OSS = AnswerForm(  # https://cookbook.openai.com/articles/openai-harmony
+    markers=("<|channel|>analysis<|message|>", "<|end|><|start|>assistant"), header="<|channel|>final<|message|>",
+    calls={"tool_calls": {"close": "<|call|>", "content": "json", "transform": CALL, "open_pattern":
+                          r"(?: to=functions\.(?P<name>[\w-]+)<\|channel\|>|<\|channel\|>\w+ to=functions\.(?P<name>[\w-]+))"
+                          r"[^<]*(?:<\|constrain\|>\w+)?<\|message\|>"}},
+    content={"close_pattern": r"<\|start\|>assistant|<\|channel\|>(?:final|commentary)[^<]*<\|message\|>|<\|(?:end|return)\|>"})
+FUNCTION_GEMMA = {"open_pattern": r"\s*<start_function_call>call:(?P<name>\w+)", "close_pattern": r"<end_function_call>\s*",
+                  "content": "json", "transform": CALL,
+                  "content_args": {"unquoted_keys": True, "string_delims": [["<escape>", "<escape>"]]}}
+
+
+def answer_form(model: Model) -> AnswerForm:
+    """Return how the model writes its answers: what it ships, or transformers knows, or its chat template shows."""
+    chat_template = str(model.tokenizer.chat_template)
+    if "<|channel|>" in chat_template:
+        return GPT_OSS
+    from transformers.cli.serving.utils import get_response_template
+
+    family = "qwen3_5" if "<function=" in chat_template else model.network.config.model_type
+    network = types.SimpleNamespace(config=types.SimpleNamespace(model_type=family))
+    known = dict((get_response_template(model.tokenizer, network) or {"fields": {}})["fields"])
+    thoughts = [known.pop(name) for name in ("reasoning_content", "reasoning", "thinking") if name in known]
+    pairs = [(f.get("open"), f.get("close")) for f in thoughts] + REASONING
+    vocabulary = model.tokenizer.get_added_vocab()
+    markers = next((pair for pair in pairs if all(isinstance(marker, str) for marker in pair)
+                    and any(marker in vocabulary or marker in chat_template for marker in pair)), None)
+    calls = {"function_calls": FUNCTION_GEMMA} if "<start_function_call>" in chat_template else {}
+    calls |= {name: spaced(f) for name, f in known.items() if name == "tool_calls"}
+    return AnswerForm(calls=calls | JSON_CALLS, content=known.get("content", {}), markers=markers)
+
+
+def live_calls(tools: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the field for calls that a grammar enforces, as `answer_grammar` has them: these are told as they come."""
+    names = "|".join(tool["function"]["name"] for tool in tools)
+    return {"live_calls": {"open_pattern": rf'\{{"name": "(?P<name>{names})", "arguments": ', "close_pattern": r"\}(?:\n|\Z)",
+                           "transform": {"name": "{name}"}}}
+
+
+def spaced(field: dict[str, Any]) -> dict[str, Any]:
+    """Return a field of a response template whose literal markers take the white space around them along."""
+    field = {**field, "optional": True}
+    for name in {"open", "close"} & field.keys():
+        literals = field.pop(name)
+        choice = "|".join(map(re.escape, [literals] if isinstance(literals, str) else literals))
+        field[name + "_pattern"] = rf"\s*(?:{choice})\s*"
+    return field
+
+
+def response_template(form: AnswerForm, calls: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the template to read an answer with, or None if all of it is content."""
+    fields = {"reasoning": spaced(dict(zip(("open", "close"), form.markers)))} if form.markers else {}
+    fields |= {name: {**f, "repeats": True} for name, f in calls.items()}
+    return {"start_anchor_pattern": r"\A", "fields": {**fields, "content": form.content}} if fields else None
+
+
+@functools.cache
+def parser_class() -> type:
+    """Return transformers' streaming parser, which then also tells what a region was written as, malformed or not."""
+    from transformers.utils.chat_parsing import ResponseParser
+
+    class Parser(ResponseParser):
+        def _open_explicit(self, events: list[dict], field: Any, m: Any) -> None:
+            self.opened_at = m.start()
+            super()._open_explicit(events, field, m)
+            events[-1]["name"] = self._captures.get("name")
+
+        def _close_current(self, events: list[dict]) -> None:
+            count, name = len(events), self._current
+            try:
+                super()._close_current(events)
+            except Exception:  # it is not what its marker promised
+                events.append({"type": "region_close", "field": name, "value": None})
+                self._reset_to_implicit()
+            if len(events) > count and name != self._implicit_name:
+                events[-1]["raw"] = self._buffer[self.opened_at:self._pos]
+                events[-1]["generated"] = self._buffer[max(self.opened_at, self.num_written):self._pos]
+
+    return Parser
+
+
+class Reader:
+    """Divides the text of one answer into pieces; what looks like a call but is none is content.
+
+    `done` is set when the one call was made that an answer without parallel calls may make.
+    """
+
+    def __init__(self, template: dict[str, Any], opening: str, tools: list[dict[str, Any]], parallel: bool) -> None:
+        self.parser = parser_class()(template, prefix=opening.strip(), tools=tools)
+        self.parser.num_written = len(opening.strip())
+        self.names = {tool["function"]["name"] for tool in tools}
+        self.parallel, self.done, self.calls = parallel, False, 0
+
+    def read(self, text: str, last: bool = False) -> list[Piece]:
+        """Return the pieces that this text makes certain; `last` lets go of all that is held back."""
+        events, pieces = self.parser.feed(text), []
+        if last:
+            events += self.parser.finalize()[1]
+        for event in events:
+            if not self.done:
+                pieces += self.pieces(event["type"], event["field"], event)
+        return pieces
+
+    def pieces(self, kind: str, field: str, event: dict[str, Any]) -> list[Piece]:
+        """Return what an event of the parser says."""
+        if kind == "region_chunk" and field in ("content", "reasoning"):
+            return [Piece(field, event["text"])]
+        if kind == "region_chunk" and field == "live_calls":
+            return [Piece("arguments", event["text"], self.calls - 1)]
+        if kind == "region_open" and field == "live_calls":
+            self.calls += 1
+            return [Piece("call", event["name"], self.calls - 1)]
+        if kind == "region_close" and field not in ("content", "reasoning", "live_calls"):
+            return self.whole_calls(event["value"], event["raw"], event["generated"])
+        return []
+
+    def whole_calls(self, value: Any, raw: str, generated: str) -> list[Piece]:
+        """Return the calls of a region that has ended, or as content what of it the template did not write."""
+        calls = value if isinstance(value, list) else [value]
+        try:
+            pairs = [named_arguments(call) for call in (read_calls(raw) if isinstance(value, str | None) else calls)]
+        except (ValueError, RecursionError):
+            pairs = []
+        if not pairs or any(pair is None or pair[0] not in self.names for pair in pairs):
+            return [Piece("content", generated)]
+        pieces = []
+        for name, arguments in pairs if self.parallel else pairs[:1]:
+            pieces += [Piece("call", name, self.calls), Piece("arguments", arguments, self.calls)]
+            self.calls += 1
+        self.done = not self.parallel
+        return pieces
+
+
+def read_calls(raw: str) -> list[Any]:
+    """Return the JSON values of a region that holds calls. Raises ValueError or RecursionError for anything else."""
+    values = []
+    inner = re.sub(r"^\s*(?:<tool_call>|<\|python_tag\|>|```\w*)|(?:</tool_call>|```)\s*$", "", raw)
+    for part in inner.split("[TOOL_CALLS]"):
+        named = re.match(r"\s*([\w-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?(?=\s*\{)", part)  # as Mistral writes it
+        part = part[named.end():] if named else part
+        while part := part.strip(" \t\r\n;,"):
+            value, end = json.JSONDecoder().raw_decode(part)
+            value = {"name": named[1], "arguments": value} if named else value
+            values += value if isinstance(value, list) else [value]
+            part = part[end:]
+    return values
+
+
+def named_arguments(call: Any) -> tuple[str, str] | None:
+    """Return a call's name and its arguments as JSON, in whichever of the common spellings; None if it is no call.
+
+    Raises ValueError or RecursionError for what Python takes for JSON and others do not.
+    """
+    call = call.get("function", call) if isinstance(call, dict) else None
+    if isinstance(call, dict) and isinstance(name := call.get("name"), str):
+        arguments = decoded_object(next((call[key] for key in ("arguments", "parameters") if call.get(key) is not None), {}))
+        if isinstance(arguments, dict):
+            return name, json.dumps(arguments, ensure_ascii=False, allow_nan=False).encode().decode()  # not half a surrogate
+    return None
+
+
+def hidden_tokens(tokenizer: transformers.PreTrainedTokenizerBase, template: dict[str, Any] | None) -> frozenset[int] | None:
+    """Return the special tokens that are no text although the template reads special tokens; None: all of them are."""
+    if template is None:
+        return None
+    markers = str(template).replace("\\", "")
+    return frozenset(id for id, token in tokenizer.added_tokens_decoder.items()
+                     if token.special and token.content not in markers)
+
+
+async def deltas(stream: TokenStream, continuing: bool = False, hidden: frozenset[int] | None = None,
+                 make_reader: Callable[[], Reader | None] = lambda: None) -> AsyncIterator[Delta]:
     """Queue the stream's sequences and yield their text as it becomes certain; closing this aborts them.
 
     `continuing`: the text goes on where the prompt ends.
     """
     async with stream:
         tokenizer = stream.engine.model.tokenizer
-        texts = [Detokenizer(tokenizer, seq.sampling.stop, seq.token_ids[-8:] if continuing else ())
+        texts = [Detokenizer(tokenizer, seq.sampling.stop, seq.token_ids[-8:] if continuing else (), hidden)
                  for seq in stream.sequences]
+        readers = [make_reader() for _ in stream.sequences]
         async for seq, tokens in stream:
             if seq.error:
                 raise seq.error
-            yield delta(stream, seq, tokens, texts[seq.index])
+            yield divided(stream, seq, delta(stream, seq, tokens, texts[seq.index]), readers[seq.index])
 
 
 def delta(stream: TokenStream, seq: Sequence, tokens: list[Token], text: Detokenizer) -> Delta:
     """Return the delta of newly arrived tokens, ending the sequence at a stop string."""
-    visible = tokens[:-1] if seq.finish_reason == "stop" else tokens  # the token that stops is no part of the answer
+    stopped = seq.finish_reason == "stop" and tokens and tokens[-1].id in seq.sampling.stop_token_ids
+    visible = tokens[:-1] if stopped else tokens  # the token that stops is no part of the answer
     # With stop strings, tokens are looked at one by one: any of them can be the last that counts.
     steps = [[token] for token in visible] if seq.sampling.stop else [visible]
     pieces = []
@@ -2201,6 +2663,17 @@ def delta(stream: TokenStream, seq: Sequence, tokens: list[Token], text: Detoken
         pieces.append(text.add([], last=True))
     return Delta(seq.index, "".join(pieces), visible, len(tokens), "stop" if text.stopped else seq.finish_reason,
                  tokens[len(visible):])
+
+
+def divided(stream: TokenStream, seq: Sequence, found: Delta, reader: Reader | None) -> Delta:
+    """Return a delta with its pieces, ending a sequence that has made the one call it may make."""
+    if reader is None:
+        return replace(found, pieces=(Piece("content", found.text),) if found.text else ())
+    pieces, reason = reader.read(found.text, last=found.finish_reason is not None), found.finish_reason
+    if reader.done and reason is None:
+        stream.finish(seq)
+        reason = "stop"
+    return replace(found, pieces=tuple(pieces), finish_reason="tool_calls" if reason == "stop" and reader.calls else reason)
 
 
 # ── HTTP ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2467,8 +2940,7 @@ def first_of(*values: Any) -> Any:
 
 # Fields that are known but not done: the values, besides null, that ask for nothing.
 CHAT_REFUSED: dict[str, tuple] = {
-    "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "functions": ([],),
-    "function_call": ("none", "auto"), "response_format": ({"type": "text"},), "structured_outputs": (), "guided_json": (),
+    "functions": ([],), "function_call": ("none", "auto"), "guided_json": (),
     "guided_regex": (), "guided_choice": (), "guided_grammar": (), "guided_whitespace_pattern": (), "modalities": (["text"],),
     "audio": (), "web_search_options": (), "moderation": (), "service_tier": ("auto", "default"), "chat_template": (),
     "documents": ([],), "prompt_logprobs": (), "echo": (False,), "add_generation_prompt": (True,),
@@ -2481,6 +2953,32 @@ ChatRefused = msgspec.defstruct("ChatRefused", [(name, Any, None) for name in CH
                                  kw_only=True)
 
 
+class Function(msgspec.Struct):
+    name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}\Z")]
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(msgspec.Struct):
+    type: Literal["function"]
+    function: Function
+
+
+class JSONSchema(msgspec.Struct):
+    schema: dict[str, Any]
+
+
+class ResponseFormat(msgspec.Struct):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchema | None = None
+
+
+class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):
+    json: dict[str, Any] | str | None = None
+    regex: str | None = None
+    choice: Annotated[list[str], Meta(min_length=1)] | None = None
+    grammar: str | None = None
+
+
 class ChatRequest(ChatRefused, kw_only=True):
     """https://platform.openai.com/docs/api-reference/chat/create, and what vLLM and transformers add to it."""
 
@@ -2491,6 +2989,11 @@ class ChatRequest(ChatRefused, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
     reasoning_effort: str | None = None
+    tools: Annotated[list[dict[str, Any]], Meta(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | Tool | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
 
 @app.post("/v1/chat/completions")
@@ -2503,26 +3006,99 @@ async def chat_completions() -> Response:
     body.max_tokens = first_of(body.max_completion_tokens, body.max_tokens)
     engine = await app.models.get(body.model)
     sampling = sampling_params(body, engine.model, (body.top_logprobs or 0) if body.logprobs else None)
-    kwargs = template_kwargs(body, engine.model)
+    use, answer, kwargs = tool_use(body), constraint(body), template_kwargs(body, engine.model)
     prompt = await trio.to_thread.run_sync(render_chat, engine.model, body.messages, bool(body.continue_final_message), kwargs,
-                                           limiter=app.rendering)
+                                           use.offered, limiter=app.rendering)
+    form = answer_form(engine.model)
+    enforced = use.forced or (use.offered if answer else [])
+    if answer or enforced:
+        grammar = chat_grammar(engine.model, form, prompt, None if use.forced else answer, enforced, use.max_calls)
+        sampling = replace(sampling, grammar=await engine.grammars.compile(grammar))
+    template = response_template(form, live_calls(enforced) if enforced else form.calls if use.offered else {})
+    make_reader = functools.partial(Reader, template, prompt.opening, use.offered, use.max_calls > 1)
     stream = engine.submit([prompt], sampling, body.n or 1)
-    chunks = chat_chunks(stream, not body.stream or bool(body.stream_options and body.stream_options.include_usage))
+    found = deltas(stream, False, hidden_tokens(engine.model.tokenizer, template), make_reader if template else lambda: None)
+    chunks = chat_chunks(stream, found, not body.stream or bool(body.stream_options and body.stream_options.include_usage))
     return event_stream(chunks) if body.stream else json_response(await fold_chat(chunks))
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """Which tools the model is told of, which of them its answer must call, and how often at most."""
+
+    offered: list[dict[str, Any]]
+    forced: list[dict[str, Any]]
+    max_calls: int
+
+
+def tool_use(body: ChatRequest) -> ToolUse:
+    """Return what a request's `tools` and `tool_choice` ask for. Raises APIError 400."""
+    tools, choice = body.tools or [], body.tool_choice
+    try:
+        names = [tool.function.name for tool in msgspec.convert(tools, list[Tool])]
+    except msgspec.ValidationError as error:
+        where = re.search(r"`\$(.*)`$", str(error))
+        raise APIError(400, f"tools: {error}", "invalid_value", "tools" + (where[1] if where else "")) from None
+    if len(set(names)) < len(names):
+        raise APIError(400, "The names of tools must differ.", "invalid_value", "tools")
+    named = choice.function.name if isinstance(choice, Tool) else None
+    forced = [tool for tool, name in zip(tools, names) if choice == "required" or name == named]
+    if choice not in (None, "auto", "none") and not forced:
+        raise APIError(400, "tool_choice needs tools, and the tool that it names among them.", "invalid_value", "tool_choice")
+    max_calls = 1 if body.parallel_tool_calls is False or named else MAX_CALLS
+    return ToolUse([] if choice == "none" else tools, forced, max_calls)
+
+
+def constraint(body: ChatRequest) -> tuple[str, dict[str, Any]] | None:
+    """Return the field that says what the answer must look like, and its grammar. Raises APIError 400."""
+    wanted, given = body.structured_outputs, []
+    if wanted is not None:
+        kinds = [(name, getattr(wanted, name)) for name in wanted.__struct_fields__]
+        given = [(f"structured_outputs.{kind}", kind, value) for kind, value in kinds if value is not None]
+    if body.response_format and body.response_format.type != "text":
+        schema = body.response_format.json_schema
+        if schema is None and body.response_format.type == "json_schema":
+            raise APIError(400, "The type json_schema needs a json_schema.", "invalid_value", "response_format.json_schema")
+        as_object = body.response_format.type == "json_object"
+        given.append(("response_format", "json", {"type": "object"} if as_object else schema.schema))
+    if wanted is not None and len(given) != 1:
+        raise APIError(400, "structured_outputs must have exactly one of json, regex, choice and grammar, and excludes "
+                       "response_format.", "invalid_value", "structured_outputs")
+    if not given:
+        return None
+    [(param, kind, value)] = given
+    value = decoded_object(value) if kind == "json" else value
+    if kind == "json" and not isinstance(value, dict):
+        raise APIError(400, "The schema is not a JSON object.", "invalid_value", param)
+    return param, {"json": json_part, "regex": regex_part, "choice": choice_part, "grammar": lark_part}[kind](value)
+
+
+def chat_grammar(model: Model, form: AnswerForm, prompt: Prompt, answer: tuple[str, dict[str, Any]] | None,
+                 tools: list[dict[str, Any]], max_calls: int) -> Grammar:
+    """Return the grammar of a chat's answer, which starts where its reasoning ends."""
+    opens, closes = (prompt.opening.rfind(marker.strip()) for marker in form.markers or ("", ""))
+    rules = preamble_rules(model.tokenizer, form.markers if opens >= closes else None, opens > closes, form.header)
+    param, part = answer or ("tools", None)
+    return answer_grammar(rules, part, param, tools, max_calls)
 
 
 def template_kwargs(body: ChatRequest, model: Model) -> dict[str, Any]:
     """Return the arguments of the chat template: the server's defaults, then the request's. Raises APIError 400."""
     kwargs = {} if app.settings.reasoning == "auto" else {"enable_thinking": app.settings.reasoning == "on"}
     kwargs |= app.settings.chat_template_kwargs or {}
-    if body.reasoning_effort is not None:
-        if "reasoning_effort" not in str(model.tokenizer.chat_template):
-            raise APIError(400, "reasoning_effort is not supported by this model.", "unsupported_parameter", "reasoning_effort")
-        kwargs["reasoning_effort"] = body.reasoning_effort
+    effort, template = body.reasoning_effort, str(model.tokenizer.chat_template)
+    if effort is not None and "reasoning_effort" in template:
+        kwargs["reasoning_effort"] = effort
+    elif effort == "none" and ("enable_thinking" in template or answer_form(model).markers is None):
+        kwargs["enable_thinking"] = False
+    elif effort is not None:
+        raise APIError(400, f"reasoning_effort {effort!r} is not supported by this model.", "unsupported_parameter",
+                       "reasoning_effort")
     return kwargs | (body.chat_template_kwargs or {})
 
 
-async def chat_chunks(stream: TokenStream, include_usage: bool) -> AsyncIterator[dict[str, Any]]:
+async def chat_chunks(stream: TokenStream, found: AsyncIterator[Delta],
+                      include_usage: bool) -> AsyncIterator[dict[str, Any]]:
     """Yield the chunks of a chat completion, at last the usage if wanted."""
     model = stream.engine.model
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion.chunk", "created": int(time.time()),
@@ -2533,18 +3109,38 @@ async def chat_chunks(stream: TokenStream, include_usage: bool) -> AsyncIterator
         choice = {"index": index, "delta": content, "logprobs": logprobs, "finish_reason": finish_reason}
         return {**head, "choices": [choice]}
 
-    async with aclosing(deltas(stream)) as pieces:
-        async for piece in pieces:
-            completion_tokens += piece.num_tokens
+    async with aclosing(found):
+        async for part in found:
+            completion_tokens += part.num_tokens
             logprobs = None
-            if stream.sequences[piece.index].sampling.logprobs is not None and piece.tokens:
-                logprobs = {"content": [logprob_entry(model, token) for token in piece.tokens], "refusal": None}
-            if piece.text or logprobs or piece.index in role:
-                yield chunk(piece.index, {**role.pop(piece.index, {}), "content": piece.text}, None, logprobs)
-            if piece.finish_reason:
-                yield chunk(piece.index, {}, piece.finish_reason, None)
+            if stream.sequences[part.index].sampling.logprobs is not None and part.tokens:
+                logprobs = {"content": [logprob_entry(model, token) for token in part.tokens], "refusal": None}
+            # None is sent while text is held back: clients that wait for a call give up after a first chunk without one.
+            if part.pieces or logprobs or part.index in role and part.finish_reason:
+                if len(role) == len(stream.sequences) > 1:  # the SDK's streaming helper wants to see the choices in order
+                    for index in list(role):
+                        yield chunk(index, {**role.pop(index), "content": ""}, None, None)
+                yield chunk(part.index, {**role.pop(part.index, {}), **message_delta(part.pieces)}, None, logprobs)
+            if part.finish_reason:
+                yield chunk(part.index, {}, part.finish_reason, None)
     if include_usage:
         yield {**head, "choices": [], "usage": usage(stream, completion_tokens)}
+
+
+def message_delta(pieces: tuple[Piece, ...]) -> dict[str, Any]:
+    """Return pieces as the delta of a chunk: one entry for each call that they are about."""
+    texts = {kind: "".join(piece.text for piece in pieces if piece.kind == kind) for kind in ("content", "reasoning")}
+    calls: dict[int, dict[str, Any]] = {}
+    for piece in pieces:
+        if piece.kind == "call":  # the id is of nine letters and digits: Mistral's templates take no others
+            calls[piece.call] = {"index": piece.call, "id": uuid.uuid4().hex[:9], "type": "function",
+                                 "function": {"name": piece.text, "arguments": ""}}
+        elif piece.kind == "arguments":
+            call = calls.setdefault(piece.call, {"index": piece.call, "function": {"arguments": ""}})
+            call["function"]["arguments"] += piece.text
+    reasoning = {"reasoning_content": texts["reasoning"], "reasoning": texts["reasoning"]} if texts["reasoning"] else {}
+    content = {"content": texts["content"]} if texts["content"] or not (reasoning or calls) else {}
+    return content | reasoning | ({"tool_calls": list(calls.values())} if calls else {})
 
 
 def usage(stream: TokenStream, completion_tokens: int) -> dict[str, Any]:
@@ -2573,13 +3169,29 @@ async def fold_chat(chunks: AsyncIterator[dict[str, Any]]) -> dict[str, Any]:
             for part in chunk["choices"]:
                 choice = choices.setdefault(part["index"], {"index": part["index"], "message": {
                     "role": "assistant", "content": "", "refusal": None}, "logprobs": None, "finish_reason": None})
-                choice["message"]["content"] += part["delta"].get("content", "")
+                fold_message(choice["message"], part["delta"])
                 choice["finish_reason"] = part["finish_reason"] or choice["finish_reason"]
                 if part["logprobs"]:
                     choice["logprobs"] = choice["logprobs"] or {"content": [], "refusal": None}
                     choice["logprobs"]["content"] += part["logprobs"]["content"]
+    for choice in choices.values():
+        if choice["message"].get("tool_calls") and not choice["message"]["content"]:
+            choice["message"]["content"] = None
     head = {key: chunk[key] for key in ("id", "created", "model")}
     return {**head, "object": "chat.completion", "choices": [choices[i] for i in sorted(choices)], "usage": chunk["usage"]}
+
+
+def fold_message(message: dict[str, Any], delta: dict[str, Any]) -> None:
+    """Add the delta of a chunk to its message."""
+    for name in ("content", "reasoning_content", "reasoning"):
+        if name in delta:
+            message[name] = message.get(name, "") + delta[name]
+    for call in delta.get("tool_calls", ()):
+        calls = message.setdefault("tool_calls", [])
+        if "id" in call:
+            calls.append({key: value for key, value in call.items() if key != "index"})
+        else:
+            calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
 
 
 # ── Completions ───────────────────────────────────────────────────────────────────────────────────────────────────────

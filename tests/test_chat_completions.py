@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import huggingface_hub
 import openai
 import pydantic
 import pytest
+import serve
 import torch
 import transformers
 from conftest import QUESTION, LocalServer, ask, stream
@@ -180,8 +182,8 @@ async def test_openai_sdk(server: LocalServer) -> None:
             async for _ in chunks:
                 break  # and leave
         with pytest.raises(openai.BadRequestError) as refused:
-            await create(model="", messages=QUESTION, response_format={"type": "json_object"})
-        assert (refused.value.param, refused.value.code) == ("response_format", "unsupported_parameter")
+            await create(model="", messages=QUESTION, extra_body={"best_of": 2})
+        assert (refused.value.param, refused.value.code) == ("best_of", "unsupported_parameter")
         with pytest.raises(openai.NotFoundError) as unknown:
             await create(model="nobody/nothing", messages=QUESTION)
         assert (unknown.value.param, unknown.value.code) == ("model", "model_not_found")
@@ -241,10 +243,203 @@ def test_reasoning_and_template_defaults_of_the_server(server: LocalServer, monk
     monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "apply_chat_template", spy)
     assert ask(server, max_tokens=1, chat_template_kwargs={"enable_thinking": True}).status_code == 200
     assert ask(server, max_tokens=1).status_code == 200
-    assert seen == [True, None]
+    assert seen == [True, True, None, None]  # each is rendered with and without the start of an answer
 
 
 def test_json_is_compact_and_utf8(server: LocalServer) -> None:
     response = ask(server, max_tokens=8)
     assert response.headers["content-type"] == "application/json" and response.content.startswith(b'{"id":"chatcmpl-')
     assert json.loads(response.content)["object"] == "chat.completion"
+
+
+# ── Tools and reasoning ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Weather(pydantic.BaseModel):
+    """Get the weather of a city."""
+
+    city: Literal["Paris", "Rome", "Oslo"]
+    days: int = pydantic.Field(ge=1, le=9)
+
+
+class Notes(pydantic.BaseModel):
+    """Write something down."""
+
+    items: list[Literal["milk", "bread"]] = pydantic.Field(max_length=2)
+
+
+TOOLS = [openai.pydantic_function_tool(Weather), openai.pydantic_function_tool(Notes)]
+WHICH = [{"role": "user", "content": "How is the weather in Paris?"}]
+NAMED = {"type": "function", "function": {"name": "Notes"}}
+
+
+def check_calls(calls: list[dict]) -> None:
+    for call in calls:
+        function = call["function"]
+        assert set(call) == {"id", "type", "function"} and call["type"] == "function" and set(function) == {"name", "arguments"}
+        {"Weather": Weather, "Notes": Notes}[function["name"]].model_validate_json(function["arguments"], strict=True)
+    assert len({call["id"] for call in calls}) == len(calls)
+
+
+@pytest.mark.parametrize("fields, count", [
+    ({"tool_choice": "required"}, range(1, 9)), ({"tool_choice": "required", "parallel_tool_calls": False, "n": 1}, [1]),
+    ({"tool_choice": NAMED}, [1]), ({"tool_choice": "required", "response_format": {"type": "json_object"}}, range(1, 9)),
+    ({"tool_choice": NAMED, "logprobs": True, "stop": ["zzz"]}, [1]),
+], ids=str)
+def test_enforced_calls(server: LocalServer, fields: dict, count: range) -> None:
+    """Valid each time even of a small model at a high temperature; streamed in fragments that add up to the same."""
+    fields = {"messages": WHICH, "tools": TOOLS, "temperature": 1.2, "seed": 4, "n": 3, **fields}
+    answer, chunks = ask(server, **fields).json(), stream(server, **fields)
+    valid(ChatCompletion, answer)
+    for i, choice in enumerate(answer["choices"]):
+        calls, found = choice["message"]["tool_calls"], []
+        assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None and len(calls) in count
+        check_calls(calls)
+        if fields["tool_choice"] == NAMED:
+            assert calls[0]["function"]["name"] == "Notes"
+        mine = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == i]
+        assert mine[0]["delta"]["role"] == "assistant" and mine[-1]["finish_reason"] == "tool_calls"
+        assert "tool_calls" in mine[0]["delta"] or "logprobs" in fields or fields["n"] > 1
+        for part in mine:
+            for fragment in part["delta"].get("tool_calls", ()):
+                if fragment["index"] == len(found):
+                    found.append({"name": fragment["function"]["name"], "arguments": ""})
+                    assert fragment["id"] and fragment["type"] == "function"
+                else:
+                    assert set(fragment) == {"index", "function"} and set(fragment["function"]) == {"arguments"}
+                found[fragment["index"]]["arguments"] += fragment["function"]["arguments"]
+        assert found == [call["function"] for call in calls]
+        assert len(mine) > 5  # fragments, not whole calls
+    for chunk in chunks:
+        valid(ChatCompletionChunk, chunk)
+    server.assert_idle()
+
+
+def test_an_enforced_call_that_is_cut_off_says_so(server: LocalServer) -> None:
+    for max_tokens in range(1, 14, 3):
+        choice = ask(server, messages=WHICH, tools=TOOLS, tool_choice="required", max_tokens=max_tokens).json()["choices"][0]
+        assert choice["finish_reason"] == "length"
+
+
+def test_tools_that_are_not_called(server: LocalServer) -> None:
+    """Under `auto` a small model says something; under `none` it does not even hear of the tools."""
+    answer = ask(server, messages=WHICH, tools=TOOLS, max_tokens=40).json()["choices"][0]
+    assert answer["finish_reason"] in ("stop", "length", "tool_calls")
+    free, none = (ask(server, messages=WHICH, max_tokens=20, **fields).json()["choices"]
+                  for fields in ({}, {"tools": TOOLS, "tool_choice": "none"}))
+    assert free == none
+
+
+def test_auto_finds_the_call_that_a_model_writes(server: LocalServer) -> None:
+    """The model continues a call that it is told it has begun; cut off before its end, that is content."""
+    begun = '<tool_call>\n{"name": "Weather", "arguments": {"city": "Paris", "days": 2'
+    fields = {"messages": [*WHICH, {"role": "assistant", "content": begun}], "tools": TOOLS, "continue_final_message": True,
+              "parallel_tool_calls": False, "logit_bias": {str(server.engine.model.tokenizer.encode("}}")[0]): 100}}
+    answer = ask(server, **fields, max_tokens=1).json()["choices"][0]
+    check_calls(answer["message"]["tool_calls"])
+    assert [call["function"]["name"] for call in answer["message"]["tool_calls"]] == ["Weather"]
+    chunks = stream(server, **fields, max_tokens=1)
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, "length"]
+    del fields["logit_bias"]
+    answer = ask(server, **fields, max_tokens=1, logit_bias={"17": 100}).json()["choices"][0]
+    assert answer["message"]["content"] == server.engine.model.tokenizer.decode([17])
+
+
+def test_an_answer_or_calls(server: LocalServer) -> None:
+    """With a response format, tools stay at hand: an answer is the one or the other."""
+    schema = {"type": "object", "properties": {"text": {"enum": ["no", "yes"]}}, "required": ["text"],
+              "additionalProperties": False}
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    kinds = set()
+    for seed in range(12):
+        choice = ask(server, messages=WHICH, tools=TOOLS, temperature=1.5, seed=seed, parallel_tool_calls=False,
+                     response_format=wanted).json()["choices"][0]
+        if choice["finish_reason"] == "stop":
+            assert json.loads(choice["message"]["content"])["text"] in ("no", "yes")
+        else:
+            check_calls(choice["message"]["tool_calls"])
+        kinds.add(choice["finish_reason"])
+    assert kinds <= {"stop", "tool_calls"}
+
+
+async def test_openai_sdk_helpers(server: LocalServer) -> None:
+    """`parse` with a pydantic model and with tools, and the streaming helper's events."""
+    class Capital(pydantic.BaseModel):
+        country: Literal["France", "Italy"]
+        population: int = pydantic.Field(ge=0, le=10**8)
+
+    async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
+        parse = client.chat.completions.parse
+        answer = await parse(model="", messages=QUESTION, response_format=Capital, temperature=1)
+        assert isinstance(answer.choices[0].message.parsed, Capital)
+        answer = await parse(model="", messages=WHICH, tools=TOOLS, tool_choice="required", temperature=1)
+        assert all(isinstance(call.function.parsed_arguments, Weather | Notes) for call in answer.choices[0].message.tool_calls)
+        with pytest.raises(openai.LengthFinishReasonError):
+            await parse(model="", messages=QUESTION, response_format=Capital, max_tokens=3)
+        kinds = set()
+        async with client.chat.completions.stream(model="", messages=WHICH, tools=TOOLS, tool_choice="required", n=2,
+                                                  temperature=1) as events:
+            async for event in events:
+                kinds.add(event.type)
+            final = await events.get_final_completion()
+        assert {"tool_calls.function.arguments.delta", "tool_calls.function.arguments.done"} <= kinds
+        for choice in final.choices:
+            assert choice.message.tool_calls and choice.finish_reason == "tool_calls"
+            assert all(isinstance(call.function.parsed_arguments, Weather | Notes) for call in choice.message.tool_calls)
+
+
+async def test_a_whole_conversation_with_tools(server: LocalServer) -> None:
+    """The SDK's own message goes back as it is, with a result for each call."""
+    async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
+        create = client.chat.completions.create
+        first = await create(model="", messages=WHICH, tools=TOOLS, tool_choice="required")
+        message = first.choices[0].message
+        results = [{"role": "tool", "tool_call_id": call.id, "content": "sunny"} for call in message.tool_calls]
+        second = await create(model="", messages=[*WHICH, message, *results], tools=TOOLS, max_tokens=30)
+        assert second.choices[0].message.content or second.choices[0].message.tool_calls
+        assert second.usage.prompt_tokens > first.usage.prompt_tokens
+
+
+def test_huggingface_hub_agents_see_the_call_in_the_first_chunk(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+
+    async def main() -> list:
+        client = huggingface_hub.AsyncInferenceClient(server.url)
+        return [chunk.choices[0].delta async for chunk in await client.chat_completion(
+            WHICH, tools=TOOLS, tool_choice="required", stream=True)]
+
+    deltas = asyncio.run(main())
+    assert deltas[0].role == "assistant" and deltas[0].tool_calls[0].function.name in ("Weather", "Notes")
+
+
+def test_reasoning_comes_under_both_names(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default model, under a template that opens the reasoning: all that it says then is reasoning."""
+    tokenizer = server.engine.model.tokenizer
+    thinking = tokenizer.chat_template.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
+    monkeypatch.setattr(tokenizer, "chat_template", thinking)
+    message = ask(server, max_tokens=12).json()["choices"][0]["message"]
+    assert message["content"] == "" and message["reasoning"] == message["reasoning_content"] != ""
+    deltas = [chunk["choices"][0]["delta"] for chunk in stream(server, max_tokens=12)]
+    assert deltas[0]["role"] == "assistant"
+    assert all(delta.get("reasoning") == delta.get("reasoning_content") for delta in deltas)
+    assert "".join(delta.get("reasoning", "") for delta in deltas) == message["reasoning"]
+    assert len([delta for delta in deltas if "reasoning" in delta]) > 4
+    refused = ask(server, max_tokens=1, reasoning_effort="none")  # this template has no switch
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "reasoning_effort"
+
+
+@pytest.mark.parametrize("effort, template, expected", [
+    ("none", "{{ enable_thinking }}<think>", {"enable_thinking": False}), ("none", "", {"enable_thinking": False}),
+    ("high", "{{ reasoning_effort }}", {"reasoning_effort": "high"}),
+    ("none", "{{ reasoning_effort }}", {"reasoning_effort": "none"}),
+    ("low", "{{ enable_thinking }}<think>", None), ("none", "<think>", None), (None, "<think>", {}),
+])
+def test_reasoning_effort(server: LocalServer, monkeypatch: pytest.MonkeyPatch, effort: str, template: str,
+                          expected: dict | None) -> None:
+    monkeypatch.setattr(server.engine.model.tokenizer, "chat_template", template)
+    body = serve.ChatRequest(messages=[], reasoning_effort=effort)
+    if expected is None:
+        with pytest.raises(serve.APIError, match="reasoning_effort"):
+            serve.template_kwargs(body, server.engine.model)
+    else:
+        assert serve.template_kwargs(body, server.engine.model) == expected
