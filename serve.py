@@ -1219,13 +1219,28 @@ def choose_attention(kind: str, device: torch.device) -> tuple[Callable[..., Ten
     problem = attention_cpu.unavailable() if device.type == "cpu" else f"there is none for {device.type}"
     if kind in ("auto", "kernel") and problem is None:
         return attention_cpu.paged_attention, "C++"
+    if kind == "triton":
+        return triton_attention(), "Triton"
     if kind == "kernel":
         raise APIError(400, f"--attn-implementation paged_attention cannot run here: {problem}")
-    if kind in ("flash", "triton"):
+    if kind == "flash":
         raise APIError(400, f"{kind} attention is not available: use --attn-implementation auto")
     if kind == "eager":
         return attention.paged_attention_eager, "eager"
     return attention.paged_attention_sdpa, "packed SDPA" + (f" (no kernel: {problem})" if kind == "auto" else "")
+
+
+def triton_attention() -> Callable[..., Tensor]:
+    """Return the kernel for CUDA. Raises APIError 400 where it cannot run. Not what `auto` chooses before it was measured."""
+    try:
+        from serve_kernels import attention_triton
+
+        problem = attention_triton.unavailable()
+    except ImportError as error:
+        problem = str(error)
+    if problem:
+        raise APIError(400, f"--attn-implementation triton cannot run here: {problem}")
+    return attention_triton.paged_attention
 
 
 def cache_bytes(config: Config, device: torch.device) -> int:
