@@ -11,7 +11,7 @@ import serve
 import torch
 import transformers
 from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
-from conftest import QUESTION, ServerProcess, ask, start_server
+from conftest import QUESTION, ServerProcess, ask, is_healthy, start_server, wait_for
 from safetensors.torch import load_file, save_file
 from test_model import tiny_gguf  # noqa: F401
 
@@ -145,8 +145,11 @@ def servers(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """The built-in model at 4 and at 8 bits, as a user starts it."""
     folder = tmp_path_factory.mktemp("servers")
     with ExitStack() as stack:
-        yield {bits: stack.enter_context(start_server(folder, f"--load_in_{bits}bit", "--kv-cache-memory", "64MiB"))
-               for bits in "48"}
+        flags = "--kv-cache-memory", "64MiB"
+        both = {bits: stack.enter_context(start_server(folder, f"--load_in_{bits}bit", *flags, ready=False)) for bits in "48"}
+        for server in both.values():
+            wait_for(lambda url=server.url: is_healthy(url), server.process, server.log)
+        yield both
 
 
 @pytest.mark.parametrize("bits", "48")
