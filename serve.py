@@ -956,7 +956,9 @@ def pack_quantised(network: transformers.PreTrainedModel) -> None:
     for name, module in list(network.named_modules()):
         if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
             if panels_cpu.unsupported(values := bnb_values(module)) is None:
-                network.set_submodule(name, panels_cpu.PanelLinear(values, module.bias))
+                panel = panels_cpu.PanelLinear(values, module.bias)
+                panel.grouped = values  # for a fused layer
+                network.set_submodule(name, panel)
 
 
 def bnb_values(linear: torch.nn.Linear) -> panels_cpu.Grouped:
@@ -2243,6 +2245,8 @@ class ModelPool:
         model = load_model(loaded.name, checkpoint, self.config, loaded.name == self.default,
                            functools.partial(setattr, loaded, "stage"))
         runner, num_blocks = make_runner(model, kernel, self.config)
+        for module in model.network.modules():
+            module.__dict__.pop("grouped", None)  # whoever could take the codes has packed them
         return_memory()
         if runner.paged:
             k_cache, v_cache = next(iter(runner.caches.values()))

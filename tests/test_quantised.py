@@ -108,9 +108,14 @@ def test_values_are_bitsandbytes_own(name: str, quantised: dict[str, serve.Model
 def test_our_kernel_takes_every_layer_it_can(checkpoint: Path) -> None:
     if problem := serve.panels_cpu.unavailable():
         pytest.skip(problem)
-    modules = load(checkpoint, quantization="bnb-4bit").network.modules()
-    panels = [module for module in modules if isinstance(module, serve.panels_cpu.PanelLinear)]
+    model = load(checkpoint, quantization="bnb-4bit")
+    panels = [module for module in model.network.modules() if isinstance(module, serve.panels_cpu.PanelLinear)]
     assert len(panels) == 7 * 30 and {panel.call.bits for panel in panels} == {4}
+    with torch.inference_mode():
+        serve.make_runner(model, serve.choose_attention("auto", model.device)[0], serve.Config(device="cpu"))
+    patches = [module for module in model.network.modules() if isinstance(module, serve.PatchedLayers)]
+    assert sum(len(patch.layers) for patch in patches) == 30
+    assert {layer.call.down.bits for patch in patches for layer in patch.fused.layers} == {4}
 
 
 @pytest.mark.parametrize("name", ["bnb-4bit", "bnb-8bit"])
