@@ -956,7 +956,9 @@ def pack_quantised(network: transformers.PreTrainedModel) -> None:
     for name, module in list(network.named_modules()):
         if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
             if panels_cpu.unsupported(values := bnb_values(module)) is None:
-                network.set_submodule(name, panels_cpu.PanelLinear(values, module.bias))
+                panel = panels_cpu.PanelLinear(values, module.bias)
+                panel.grouped = values  # for a fused layer
+                network.set_submodule(name, panel)
 
 
 def bnb_values(linear: torch.nn.Linear) -> panels_cpu.Grouped:
@@ -1219,13 +1221,28 @@ def choose_attention(kind: str, device: torch.device) -> tuple[Callable[..., Ten
     problem = attention_cpu.unavailable() if device.type == "cpu" else f"there is none for {device.type}"
     if kind in ("auto", "kernel") and problem is None:
         return attention_cpu.paged_attention, "C++"
+    if kind == "triton":
+        return triton_attention(), "Triton"
     if kind == "kernel":
         raise APIError(400, f"--attn-implementation paged_attention cannot run here: {problem}")
-    if kind in ("flash", "triton"):
+    if kind == "flash":
         raise APIError(400, f"{kind} attention is not available: use --attn-implementation auto")
     if kind == "eager":
         return attention.paged_attention_eager, "eager"
     return attention.paged_attention_sdpa, "packed SDPA" + (f" (no kernel: {problem})" if kind == "auto" else "")
+
+
+def triton_attention() -> Callable[..., Tensor]:
+    """Return the kernel for CUDA. Raises APIError 400 where it cannot run. Not what `auto` chooses before it was measured."""
+    try:
+        from serve_kernels import attention_triton
+
+        problem = attention_triton.unavailable()
+    except ImportError as error:
+        problem = str(error)
+    if problem:
+        raise APIError(400, f"--attn-implementation triton cannot run here: {problem}")
+    return attention_triton.paged_attention
 
 
 def cache_bytes(config: Config, device: torch.device) -> int:
@@ -2228,6 +2245,8 @@ class ModelPool:
         model = load_model(loaded.name, checkpoint, self.config, loaded.name == self.default,
                            functools.partial(setattr, loaded, "stage"))
         runner, num_blocks = make_runner(model, kernel, self.config)
+        for module in model.network.modules():
+            module.__dict__.pop("grouped", None)  # whoever could take the codes has packed them
         return_memory()
         if runner.paged:
             k_cache, v_cache = next(iter(runner.caches.values()))

@@ -200,7 +200,8 @@ def unsupported(layer: nn.Module) -> str | None:
     except AttributeError as error:
         return f"not shaped like a Llama layer: {error}"
     gated = [mlp.gate_proj, mlp.up_proj, mlp.down_proj] if _is_plain(mlp) else []
-    if not all(type(p) is nn.Linear and p.weight.dtype == torch.bfloat16 for p in projections + gated):
+    if not all((type(p) is nn.Linear or hasattr(p, "grouped")) and p.weight.dtype == torch.bfloat16
+               for p in projections + gated):
         return "its projections are not plain bfloat16 linear layers"
     if any(p.weight.device.type != "cpu" for p in projections):
         return "its weights are not on the CPU"

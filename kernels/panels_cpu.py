@@ -80,7 +80,10 @@ def concatenate(weights: list[Tensor] | list[Grouped]) -> Weight:
 def joint_weight(linears: list[nn.Linear]) -> Weight:
     """Return the weight of layers of one input as one: in the codes of the checkpoint, where all of them have such."""
     codes = [getattr(linear, "grouped", None) for linear in linears]
-    return concatenate([linear.weight.detach() for linear in linears] if None in codes else codes)
+    if None not in codes:
+        return concatenate(codes)
+    return torch.cat([linear.weight.detach() if own is None else own.dequantised().bfloat16()
+                      for linear, own in zip(linears, codes)])
 
 
 class Linear(ctypes.Structure):
@@ -154,7 +157,7 @@ class PanelLinear(nn.Module):
     def __init__(self, weight: Weight, bias: Tensor | None, *flags: str) -> None:
         super().__init__()
         self.call, self._alive = pack(weight, bias, *flags)
-        self.run = _library(*flags).linear
+        self.run, self.bias = _library(*flags).linear, bias
         self.in_features, self.out_features = self.call.inputs, self.call.outputs
         self.weight = torch.empty(1, dtype=torch.bfloat16).expand(self.out_features, self.in_features)
 

@@ -11,7 +11,7 @@ import serve
 import torch
 import transformers
 from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
-from conftest import QUESTION, ServerProcess, ask, start_server
+from conftest import QUESTION, ServerProcess, ask, is_healthy, start_server, wait_for
 from safetensors.torch import load_file, save_file
 from test_model import tiny_gguf  # noqa: F401
 
@@ -108,9 +108,14 @@ def test_values_are_bitsandbytes_own(name: str, quantised: dict[str, serve.Model
 def test_our_kernel_takes_every_layer_it_can(checkpoint: Path) -> None:
     if problem := serve.panels_cpu.unavailable():
         pytest.skip(problem)
-    modules = load(checkpoint, quantization="bnb-4bit").network.modules()
-    panels = [module for module in modules if isinstance(module, serve.panels_cpu.PanelLinear)]
+    model = load(checkpoint, quantization="bnb-4bit")
+    panels = [module for module in model.network.modules() if isinstance(module, serve.panels_cpu.PanelLinear)]
     assert len(panels) == 7 * 30 and {panel.call.bits for panel in panels} == {4}
+    with torch.inference_mode():
+        serve.make_runner(model, serve.choose_attention("auto", model.device)[0], serve.Config(device="cpu"))
+    patches = [module for module in model.network.modules() if isinstance(module, serve.PatchedLayers)]
+    assert sum(len(patch.layers) for patch in patches) == 30
+    assert {layer.call.down.bits for patch in patches for layer in patch.fused.layers} == {4}
 
 
 @pytest.mark.parametrize("name", ["bnb-4bit", "bnb-8bit"])
@@ -145,8 +150,11 @@ def servers(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """The built-in model at 4 and at 8 bits, as a user starts it."""
     folder = tmp_path_factory.mktemp("servers")
     with ExitStack() as stack:
-        yield {bits: stack.enter_context(start_server(folder, f"--load_in_{bits}bit", "--kv-cache-memory", "64MiB"))
-               for bits in "48"}
+        flags = "--kv-cache-memory", "64MiB"
+        both = {bits: stack.enter_context(start_server(folder, f"--load_in_{bits}bit", *flags, ready=False)) for bits in "48"}
+        for server in both.values():
+            wait_for(lambda url=server.url: is_healthy(url), server.process, server.log)
+        yield both
 
 
 @pytest.mark.parametrize("bits", "48")
