@@ -1575,6 +1575,8 @@ def adjust_row(scores: Tensor, seq: Sequence) -> None:
 
 def argmax(scores: Tensor) -> Tensor:
     """Return the first of each row's highest columns [rows]; in two stages, since amax is vectorised in bfloat16."""
+    if scores.dtype == torch.bfloat16 and scores.device.type == "cpu" and panels_cpu.unavailable() is None:
+        return panels_cpu.argmax(scores)
     width = math.gcd(scores.shape[-1], 1024)
     if width < 64:  # an odd vocabulary
         return scores.max(-1).indices

@@ -1,4 +1,4 @@
-// Packing linear layers into panels, and running one alone: see panels_cpu.py for the equation and the caller.
+// Packing linear layers into panels, running one alone, and the greedy choice behind the last of them: see panels_cpu.py.
 #include "panels_cpu.h"
 
 // Packs weight [outputs, inputs] into panels of pairs.
@@ -41,4 +41,24 @@ extern "C" void linear(const Linear* layer, const bf16* x, bf16* out, int tokens
     bf16* to = out + size_t(row) * layer->outputs + panel * PANEL;
     for (int i = 0; i < PANEL; i += LANES) store(to + i, with_bias(*layer, panel, i, sums));
   });
+}
+
+// best [rows]: the first of each row's highest columns of x [rows, columns].
+extern "C" void argmax(const bf16* x, int64_t* best, int rows, int columns, int threads) {
+  constexpr int TILE = 1024;
+#pragma omp parallel for num_threads(std::min(rows, threads))
+  for (int row = 0; row < rows; row++) {
+    const bf16* from = x + size_t(row) * columns;
+    float highest = -INFINITY;
+    int start = 0, at = 0;
+    for (; at + TILE <= columns; at += TILE) {
+      Vec tile = load(from + at);
+      for (int i = LANES; i < TILE; i += LANES) tile = maximum(load(from + at + i), tile);
+      if (const float found = largest(tile); found > highest) highest = found, start = at;
+    }
+    for (; at < columns; at++)
+      if (const float found = to_float(from[at]); found > highest) highest = found, start = at;
+    while (start < columns - 1 && to_float(from[start]) < highest) start++;
+    best[row] = start;
+  }
 }

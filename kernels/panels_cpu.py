@@ -102,7 +102,8 @@ def _library(*flags: str) -> ctypes.CDLL:
     library.linear.argtypes = ctypes.POINTER(Linear), pointer, pointer, integer, integer
     library.pack_pairs.argtypes = pointer, pointer, integer, integer
     library.pack_groups.argtypes = pointer, pointer, pointer, pointer, ctypes.POINTER(Linear)
-    library.linear.restype = library.pack_pairs.restype = library.pack_groups.restype = None
+    library.argmax.argtypes = pointer, pointer, integer, integer, integer
+    library.argmax.restype = library.linear.restype = library.pack_pairs.restype = library.pack_groups.restype = None
     return library
 
 
@@ -169,6 +170,14 @@ class PanelLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.call.bits} bits"
+
+
+def argmax(x: Tensor) -> Tensor:
+    """Return the first of each row's highest columns [rows] of x [rows, columns], in bfloat16 and free of NaN."""
+    assert x.dtype == torch.bfloat16 and x.dim() == 2
+    x, best = x.contiguous(), torch.empty(x.shape[0], dtype=torch.int64)
+    _library().argmax(x.data_ptr(), best.data_ptr(), *x.shape, torch.get_num_threads())
+    return best
 
 
 def benchmark(rows: int, outputs: int, inputs: int) -> None:

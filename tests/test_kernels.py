@@ -359,6 +359,16 @@ def test_panels_of_several_layers() -> None:
     assert "bfloat16" in panels_cpu.unsupported(torch.empty(32, 64))
 
 
+@needs_compiler
+@pytest.mark.parametrize("columns", [1, 3, 31, 1024, 1025, 5000, 49152])
+def test_argmax(columns: int) -> None:
+    """The first of the highest columns, as in float32; bfloat16 has many ties."""
+    x = torch.randn(40, columns, generator=torch.Generator().manual_seed(columns)).bfloat16()
+    x[3], x[4], x[5, :-1], x[6, 0] = 0, -torch.inf, -torch.inf, torch.inf
+    want = [row.tolist().index(row.max().item()) for row in x.float()]
+    assert panels_cpu.argmax(x).tolist() == want and panels_cpu.argmax(x[7:8]).tolist() == want[7:8]
+
+
 @pytest.mark.parametrize("kind", gguf_blocks.FORMATS)
 def test_gguf_blocks(kind: str) -> None:
     """Random blocks of every format, bitwise against the gguf package, as a matrix and multiplied."""
