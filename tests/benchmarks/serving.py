@@ -216,14 +216,15 @@ def transformers_cb(model: Path, port: int) -> list[str]:
     return [*transformers(model, port), *options]
 
 
-def quantised(bits: int) -> Callable[[Path, int], list[str]]:
-    return lambda model, port: [*serve_py(model, port), f"--load-in-{bits}bit"]
+def with_flags(*flags: str) -> Callable[[Path, int], list[str]]:
+    return lambda model, port: [*serve_py(model, port), *flags]
 
 
 SERVERS = {
     "serve.py": Server("serve.py", serve_py),
-    "serve.py-8bit": Server("serve.py-8bit", quantised(8)),
-    "serve.py-4bit": Server("serve.py-4bit", quantised(4)),
+    "serve.py-bf16": Server("serve.py-bf16", with_flags("--gguf-weights", "dequantised")),
+    "serve.py-8bit": Server("serve.py-8bit", with_flags("--load-in-8bit")),
+    "serve.py-4bit": Server("serve.py-4bit", with_flags("--load-in-4bit")),
     "transformers": Server("transformers", transformers),
     "transformers-cb": Server("transformers-cb", transformers_cb),
 }
