@@ -602,10 +602,10 @@ class Scheduler:
 
     def admit(self, seq: Sequence, batch: Batch) -> bool:
         """Move the first waiting sequence to the running ones, if all of its known tokens can have blocks."""
-        if self.pool.blocks_for(len(seq.token_ids)) > len(self.pool.free) + len(seq.block_hashes):
+        hashes = self.shareable(seq) if self.paged else []
+        if self.pool.blocks_for(len(seq.token_ids)) > len(self.pool.free) + len(hashes):
             return False  # even if every hash is found
-        if self.paged:
-            seq.block_table = self.pool.share(self.shareable(seq))
+        seq.block_table = self.pool.share(hashes)
         blocks = self.pool.allocate(self.missing(seq, len(seq.token_ids)))
         if blocks is None:
             self.release(seq)
@@ -1693,12 +1693,14 @@ def choice_part(choices: list[str]) -> dict[str, Any]:
     return {"lark_grammar": "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)}
 
 
-def lark_part(text: str) -> dict[str, Any]:
-    """Return a grammar written in Lark or in GBNF. Raises APIError 400."""
+def lark_part(text: str, param: str) -> dict[str, Any]:
+    """Return a grammar written in Lark, as some line's start shows, or in GBNF. Raises APIError 400. May take a while."""
+    if any(re.match(r"\s*(%llguidance\b|start\s*:)", line) for line in text.split("\n")):
+        return {"lark_grammar": text}
     try:
-        return {"lark_grammar": llguidance.gbnf_to_lark.any_to_lark(text)}
+        return {"lark_grammar": llguidance.gbnf_to_lark.gbnf_to_lark(text)}
     except Exception as error:  # a parser: it raises what it likes about its input
-        raise APIError(400, f"It cannot be read: {error}", "invalid_grammar", "structured_outputs.grammar") from None
+        raise APIError(400, f"It cannot be read: {error}", "invalid_grammar", param) from None
 
 
 def arguments_part(parameters: dict[str, Any] | None) -> dict[str, Any]:
@@ -1813,6 +1815,9 @@ class Grammars:
 def compile_grammar(grammars: Grammars, grammar: Grammar, text: str) -> llguidance.LLMatcher:
     """Compile a grammar. Raises APIError 400, naming the field at fault."""
     params = list(grammar.params.values())
+    if "unread" in (answer := grammar.parts.get("answer", {})):
+        grammar.parts["answer"] = lark_part(answer["unread"], params[0])
+        text = grammar.text
     try:
         make = functools.partial(llguidance.LLMatcher, grammars.tokenizer, log_level=0, limits=GRAMMAR_LIMITS)
     except Exception as error:  # of a library, about a tokenizer that is not ours
@@ -2474,12 +2479,13 @@ class AnswerForm:
 
 CALL = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
 REASONING = [("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|START_THINKING|>", "<|END_THINKING|>")]
+GAP = r"\s{0,16}"  # not \s*: a search for that takes the square of a run of white space, and models get stuck in those
 # Calls written as JSON: as Qwen and Hermes do, in a fence, and as Mistral and Llama 3 do; they are read by `read_calls`.
 JSON_CALLS = {
-    "tagged_calls": {"open_pattern": r"\s*<tool_call>", "close_pattern": r"</tool_call>\s*"},
-    "fenced_calls": {"open_pattern": r"\s*```(?:json|tool_call|tool_code)?\s*[\[{]", "close_pattern": r"[\]}]\s*```\s*"},
-    "untagged_calls": {"open_pattern": r"\s*(?:\[TOOL_CALLS\](?:[\w-]+(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?)?|<\|python_tag\|>|"
-                                       r'\[?\s*\{\s*"(?:name|type|function)"\s*:)'},
+    "tagged_calls": {"open_pattern": GAP + r"<tool_call>", "close_pattern": r"</tool_call>\s*"},
+    "fenced_calls": {"open_pattern": GAP + r"```(?:json|tool_call|tool_code)?\s*[\[{]", "close_pattern": r"[\]}]\s*```\s*"},
+    "untagged_calls": {"open_pattern": GAP + r"(?:\[TOOL_CALLS\](?:[\w-]+(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?)?|<\|python_tag\|>|"
+                                             r'(?:\[\s*)?\{\s*"(?:name|type|function)"\s*:)'},
 }
 GPT_OSS = AnswerForm(  # https://cookbook.openai.com/articles/openai-harmony
     markers=("<|channel|>analysis<|message|>", "<|end|><|start|>assistant"), header="<|channel|>final<|message|>",
@@ -2487,7 +2493,7 @@ GPT_OSS = AnswerForm(  # https://cookbook.openai.com/articles/openai-harmony
                           r"(?: to=functions\.(?P<name>[\w-]+)<\|channel\|>|<\|channel\|>\w+ to=functions\.(?P<name>[\w-]+))"
                           r"[^<]*(?:<\|constrain\|>\w+)?<\|message\|>"}},
     content={"close_pattern": r"<\|start\|>assistant|<\|channel\|>(?:final|commentary)[^<]*<\|message\|>|<\|(?:end|return)\|>"})
-FUNCTION_GEMMA = {"open_pattern": r"\s*<start_function_call>call:(?P<name>\w+)", "close_pattern": r"<end_function_call>\s*",
+FUNCTION_GEMMA = {"open_pattern": GAP + r"<start_function_call>call:(?P<name>\w+)", "close_pattern": r"<end_function_call>\s*",
                   "content": "json", "transform": CALL,
                   "content_args": {"unquoted_keys": True, "string_delims": [["<escape>", "<escape>"]]}}
 
@@ -2525,7 +2531,7 @@ def spaced(field: dict[str, Any]) -> dict[str, Any]:
     for name in {"open", "close"} & field.keys():
         literals = field.pop(name)
         choice = "|".join(map(re.escape, [literals] if isinstance(literals, str) else literals))
-        field[name + "_pattern"] = rf"\s*(?:{choice})\s*"
+        field[name + "_pattern"] = rf"{GAP}(?:{choice})\s*"
     return field
 
 
@@ -2746,6 +2752,8 @@ def for_client(error: Exception, where: str) -> APIError:
     """Return what a client may see of an exception; one of ours is logged."""
     if isinstance(error, APIError):
         return error
+    if isinstance(error, RecursionError):  # what was decoded may be too deep to be written again
+        return APIError(400, "The body is nested too deeply.", "invalid_value")
     log.error("%s", where, exc_info=error)
     return APIError(500, "Internal error: it was logged.", "internal_error")
 
@@ -3091,7 +3099,9 @@ def constraint(body: ChatRequest) -> tuple[str, dict[str, Any]] | None:
     value = decoded_object(value) if kind == "json" else value
     if kind == "json" and not isinstance(value, dict):
         raise APIError(400, "The schema is not a JSON object.", "invalid_value", param)
-    return param, {"json": json_part, "regex": regex_part, "choice": choice_part, "grammar": lark_part}[kind](value)
+    if kind == "grammar":  # `compile_grammar` reads it
+        return param, {"unread": value}
+    return param, {"json": json_part, "regex": regex_part, "choice": choice_part}[kind](value)
 
 
 def chat_grammar(model: Model, form: AnswerForm, prompt: Prompt, answer: tuple[str, dict[str, Any]] | None,

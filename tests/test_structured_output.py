@@ -173,6 +173,14 @@ def test_bad_grammars(server: LocalServer, fields: dict, param: str) -> None:
     assert response.status_code == 400 and response.json()["error"]["param"] == param, response.text
 
 
+@pytest.mark.parametrize("size", [30_000, 3_000_000])
+def test_a_grammar_of_blank_lines_holds_up_nobody(server: LocalServer, size: int) -> None:
+    start = time.monotonic()
+    response = ask(server, structured_outputs={"grammar": "\n" * size})
+    assert response.status_code == 400 and response.json()["error"]["param"] == "structured_outputs.grammar", response.text
+    assert time.monotonic() - start < 2
+
+
 def tool(name: str, parameters: dict | None) -> dict:
     return {"type": "function", "function": {"name": name, **({} if parameters is None else {"parameters": parameters})}}
 
