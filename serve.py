@@ -2876,7 +2876,19 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     ignore_eos: bool | None = None
     generation_config: str | None = None
 
+    @property
+    def include_usage(self) -> bool:
+        return not self.stream or bool(self.stream_options and self.stream_options.include_usage)
 
+
+# Fields that are known but not done: the values, besides null, that ask for nothing.
+REFUSED: dict[str, tuple] = {
+    "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (), "guided_whitespace_pattern": (),
+    "prompt_logprobs": (), "use_beam_search": (False,), "length_penalty": (1.0,), "best_of": (1,), "bad_words": ([],),
+    "allowed_token_ids": (), "include_stop_str_in_output": (False,), "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,), "truncate_prompt_tokens": (), "logits_processors": ([],),
+    "kv_transfer_params": (), "service_tier": ("auto", "default"),
+}
 GENERATION_CONFIG_FIELDS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
                             "repetition_penalty": "repetition_penalty", "max_new_tokens": "max_tokens",
                             "min_new_tokens": "min_tokens", "stop_strings": "stop"}
@@ -2967,16 +2979,10 @@ def first_of(*values: Any) -> Any:
 # POST /v1/chat/completions. One stream of chunks: sent as it comes, or folded into one answer.
 
 
-# Fields that are known but not done: the values, besides null, that ask for nothing.
-CHAT_REFUSED: dict[str, tuple] = {
-    "functions": ([],), "function_call": ("none", "auto"), "guided_json": (),
-    "guided_regex": (), "guided_choice": (), "guided_grammar": (), "guided_whitespace_pattern": (), "modalities": (["text"],),
-    "audio": (), "web_search_options": (), "moderation": (), "service_tier": ("auto", "default"), "chat_template": (),
-    "documents": ([],), "prompt_logprobs": (), "echo": (False,), "add_generation_prompt": (True,),
-    "add_special_tokens": (False,), "use_beam_search": (False,), "length_penalty": (1.0,), "bad_words": ([],),
-    "allowed_token_ids": (), "include_stop_str_in_output": (False,), "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,), "truncate_prompt_tokens": (), "thinking_token_budget": (),
-    "logits_processors": ([],), "mm_processor_kwargs": ({},), "kv_transfer_params": (), "best_of": (1,), "suffix": (),
+CHAT_REFUSED = REFUSED | {
+    "functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (), "web_search_options": (),
+    "moderation": (), "chat_template": (), "documents": ([],), "echo": (False,), "add_generation_prompt": (True,),
+    "add_special_tokens": (False,), "thinking_token_budget": (), "mm_processor_kwargs": ({},), "suffix": (),
 }
 ChatRefused = msgspec.defstruct("ChatRefused", [(name, Any, None) for name in CHAT_REFUSED], bases=(SamplingFields,),
                                  kw_only=True)
@@ -3047,7 +3053,7 @@ async def chat_completions() -> Response:
     make_reader = functools.partial(Reader, template, prompt.opening, use.offered, use.max_calls > 1)
     stream = engine.submit([prompt], sampling, body.n or 1)
     found = deltas(stream, False, hidden_tokens(engine.model.tokenizer, template), make_reader if template else lambda: None)
-    chunks = chat_chunks(stream, found, not body.stream or bool(body.stream_options and body.stream_options.include_usage))
+    chunks = chat_chunks(stream, found, body.include_usage)
     return event_stream(chunks) if body.stream else json_response(await fold_chat(chunks))
 
 
@@ -3229,14 +3235,9 @@ def fold_message(message: dict[str, Any], delta: dict[str, Any]) -> None:
 # POST /v1/completions, /tokenize, /detokenize, GET /tokenizer_info: text as it stands, and what evaluations score it with.
 
 
-# Known but not done, as for chat.
-COMPLETION_REFUSED: dict[str, tuple] = {
-    "best_of": (1,), "response_format": ({"type": "text"},), "structured_outputs": (), "guided_json": (), "guided_regex": (),
-    "guided_choice": (), "guided_grammar": (), "guided_whitespace_pattern": (), "prompt_logprobs": (), "prompt_embeds": (),
-    "use_beam_search": (False,), "length_penalty": (1.0,), "bad_words": ([],), "allowed_token_ids": (),
-    "include_stop_str_in_output": (False,), "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,),
-    "truncate_prompt_tokens": (), "return_tokens_as_token_ids": (False,), "return_token_ids": (False,),
-    "logits_processors": ([],), "kv_transfer_params": (), "service_tier": ("auto", "default"),
+COMPLETION_REFUSED = REFUSED | {
+    "response_format": ({"type": "text"},), "structured_outputs": (), "prompt_embeds": (),
+    "return_tokens_as_token_ids": (False,), "return_token_ids": (False,),
 }
 CompletionRefused = msgspec.defstruct("CompletionRefused", [(name, Any, None) for name in COMPLETION_REFUSED],
                                       bases=(SamplingFields,), kw_only=True)
@@ -3281,8 +3282,7 @@ async def completions() -> Response:
         texts = [with_suffix(engine.model, text, body.suffix) for text in texts]
     read = functools.partial(read_prompts, engine.model, texts, body.add_special_tokens is not False)
     stream = engine.submit(await trio.to_thread.run_sync(read, limiter=app.rendering), sampling, body.n or 1)
-    chunks = completion_chunks(stream, texts if body.echo else [],
-                               not body.stream or bool(body.stream_options and body.stream_options.include_usage))
+    chunks = completion_chunks(stream, texts if body.echo else [], body.include_usage)
     return event_stream(chunks) if body.stream else json_response(await fold_completion(chunks))
 
 
