@@ -602,10 +602,10 @@ class Scheduler:
 
     def admit(self, seq: Sequence, batch: Batch) -> bool:
         """Move the first waiting sequence to the running ones, if all of its known tokens can have blocks."""
-        if self.pool.blocks_for(len(seq.token_ids)) > len(self.pool.free) + len(seq.block_hashes):
+        hashes = self.shareable(seq) if self.paged else []
+        if self.pool.blocks_for(len(seq.token_ids)) > len(self.pool.free) + len(hashes):
             return False  # even if every hash is found
-        if self.paged:
-            seq.block_table = self.pool.share(self.shareable(seq))
+        seq.block_table = self.pool.share(hashes)
         blocks = self.pool.allocate(self.missing(seq, len(seq.token_ids)))
         if blocks is None:
             self.release(seq)
@@ -1693,12 +1693,14 @@ def choice_part(choices: list[str]) -> dict[str, Any]:
     return {"lark_grammar": "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)}
 
 
-def lark_part(text: str) -> dict[str, Any]:
-    """Return a grammar written in Lark or in GBNF. Raises APIError 400."""
+def lark_part(text: str, param: str) -> dict[str, Any]:
+    """Return a grammar written in Lark, as some line's start shows, or in GBNF. Raises APIError 400. May take a while."""
+    if any(re.match(r"\s*(%llguidance\b|start\s*:)", line) for line in text.split("\n")):
+        return {"lark_grammar": text}
     try:
-        return {"lark_grammar": llguidance.gbnf_to_lark.any_to_lark(text)}
+        return {"lark_grammar": llguidance.gbnf_to_lark.gbnf_to_lark(text)}
     except Exception as error:  # a parser: it raises what it likes about its input
-        raise APIError(400, f"It cannot be read: {error}", "invalid_grammar", "structured_outputs.grammar") from None
+        raise APIError(400, f"It cannot be read: {error}", "invalid_grammar", param) from None
 
 
 def arguments_part(parameters: dict[str, Any] | None) -> dict[str, Any]:
@@ -1813,6 +1815,9 @@ class Grammars:
 def compile_grammar(grammars: Grammars, grammar: Grammar, text: str) -> llguidance.LLMatcher:
     """Compile a grammar. Raises APIError 400, naming the field at fault."""
     params = list(grammar.params.values())
+    if "unread" in (answer := grammar.parts.get("answer", {})):
+        grammar.parts["answer"] = lark_part(answer["unread"], params[0])
+        text = grammar.text
     try:
         make = functools.partial(llguidance.LLMatcher, grammars.tokenizer, log_level=0, limits=GRAMMAR_LIMITS)
     except Exception as error:  # of a library, about a tokenizer that is not ours
@@ -2474,12 +2479,13 @@ class AnswerForm:
 
 CALL = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
 REASONING = [("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|START_THINKING|>", "<|END_THINKING|>")]
+GAP = r"\s{0,16}"  # not \s*: a search for that takes the square of a run of white space, and models get stuck in those
 # Calls written as JSON: as Qwen and Hermes do, in a fence, and as Mistral and Llama 3 do; they are read by `read_calls`.
 JSON_CALLS = {
-    "tagged_calls": {"open_pattern": r"\s*<tool_call>", "close_pattern": r"</tool_call>\s*"},
-    "fenced_calls": {"open_pattern": r"\s*```(?:json|tool_call|tool_code)?\s*[\[{]", "close_pattern": r"[\]}]\s*```\s*"},
-    "untagged_calls": {"open_pattern": r"\s*(?:\[TOOL_CALLS\](?:[\w-]+(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?)?|<\|python_tag\|>|"
-                                       r'\[?\s*\{\s*"(?:name|type|function)"\s*:)'},
+    "tagged_calls": {"open_pattern": GAP + r"<tool_call>", "close_pattern": r"</tool_call>\s*"},
+    "fenced_calls": {"open_pattern": GAP + r"```(?:json|tool_call|tool_code)?\s*[\[{]", "close_pattern": r"[\]}]\s*```\s*"},
+    "untagged_calls": {"open_pattern": GAP + r"(?:\[TOOL_CALLS\](?:[\w-]+(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?)?|<\|python_tag\|>|"
+                                             r'(?:\[\s*)?\{\s*"(?:name|type|function)"\s*:)'},
 }
 GPT_OSS = AnswerForm(  # https://cookbook.openai.com/articles/openai-harmony
     markers=("<|channel|>analysis<|message|>", "<|end|><|start|>assistant"), header="<|channel|>final<|message|>",
@@ -2487,7 +2493,7 @@ GPT_OSS = AnswerForm(  # https://cookbook.openai.com/articles/openai-harmony
                           r"(?: to=functions\.(?P<name>[\w-]+)<\|channel\|>|<\|channel\|>\w+ to=functions\.(?P<name>[\w-]+))"
                           r"[^<]*(?:<\|constrain\|>\w+)?<\|message\|>"}},
     content={"close_pattern": r"<\|start\|>assistant|<\|channel\|>(?:final|commentary)[^<]*<\|message\|>|<\|(?:end|return)\|>"})
-FUNCTION_GEMMA = {"open_pattern": r"\s*<start_function_call>call:(?P<name>\w+)", "close_pattern": r"<end_function_call>\s*",
+FUNCTION_GEMMA = {"open_pattern": GAP + r"<start_function_call>call:(?P<name>\w+)", "close_pattern": r"<end_function_call>\s*",
                   "content": "json", "transform": CALL,
                   "content_args": {"unquoted_keys": True, "string_delims": [["<escape>", "<escape>"]]}}
 
@@ -2525,7 +2531,7 @@ def spaced(field: dict[str, Any]) -> dict[str, Any]:
     for name in {"open", "close"} & field.keys():
         literals = field.pop(name)
         choice = "|".join(map(re.escape, [literals] if isinstance(literals, str) else literals))
-        field[name + "_pattern"] = rf"\s*(?:{choice})\s*"
+        field[name + "_pattern"] = rf"{GAP}(?:{choice})\s*"
     return field
 
 
@@ -2746,6 +2752,8 @@ def for_client(error: Exception, where: str) -> APIError:
     """Return what a client may see of an exception; one of ours is logged."""
     if isinstance(error, APIError):
         return error
+    if isinstance(error, RecursionError):  # what was decoded may be too deep to be written again
+        return APIError(400, "The body is nested too deeply.", "invalid_value")
     log.error("%s", where, exc_info=error)
     return APIError(500, "Internal error: it was logged.", "internal_error")
 
@@ -2868,7 +2876,19 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     ignore_eos: bool | None = None
     generation_config: str | None = None
 
+    @property
+    def include_usage(self) -> bool:
+        return not self.stream or bool(self.stream_options and self.stream_options.include_usage)
 
+
+# Fields that are known but not done: the values, besides null, that ask for nothing.
+REFUSED: dict[str, tuple] = {
+    "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (), "guided_whitespace_pattern": (),
+    "prompt_logprobs": (), "use_beam_search": (False,), "length_penalty": (1.0,), "best_of": (1,), "bad_words": ([],),
+    "allowed_token_ids": (), "include_stop_str_in_output": (False,), "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,), "truncate_prompt_tokens": (), "logits_processors": ([],),
+    "kv_transfer_params": (), "service_tier": ("auto", "default"),
+}
 GENERATION_CONFIG_FIELDS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
                             "repetition_penalty": "repetition_penalty", "max_new_tokens": "max_tokens",
                             "min_new_tokens": "min_tokens", "stop_strings": "stop"}
@@ -2959,16 +2979,10 @@ def first_of(*values: Any) -> Any:
 # POST /v1/chat/completions. One stream of chunks: sent as it comes, or folded into one answer.
 
 
-# Fields that are known but not done: the values, besides null, that ask for nothing.
-CHAT_REFUSED: dict[str, tuple] = {
-    "functions": ([],), "function_call": ("none", "auto"), "guided_json": (),
-    "guided_regex": (), "guided_choice": (), "guided_grammar": (), "guided_whitespace_pattern": (), "modalities": (["text"],),
-    "audio": (), "web_search_options": (), "moderation": (), "service_tier": ("auto", "default"), "chat_template": (),
-    "documents": ([],), "prompt_logprobs": (), "echo": (False,), "add_generation_prompt": (True,),
-    "add_special_tokens": (False,), "use_beam_search": (False,), "length_penalty": (1.0,), "bad_words": ([],),
-    "allowed_token_ids": (), "include_stop_str_in_output": (False,), "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,), "truncate_prompt_tokens": (), "thinking_token_budget": (),
-    "logits_processors": ([],), "mm_processor_kwargs": ({},), "kv_transfer_params": (), "best_of": (1,), "suffix": (),
+CHAT_REFUSED = REFUSED | {
+    "functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (), "web_search_options": (),
+    "moderation": (), "chat_template": (), "documents": ([],), "echo": (False,), "add_generation_prompt": (True,),
+    "add_special_tokens": (False,), "thinking_token_budget": (), "mm_processor_kwargs": ({},), "suffix": (),
 }
 ChatRefused = msgspec.defstruct("ChatRefused", [(name, Any, None) for name in CHAT_REFUSED], bases=(SamplingFields,),
                                  kw_only=True)
@@ -3039,7 +3053,7 @@ async def chat_completions() -> Response:
     make_reader = functools.partial(Reader, template, prompt.opening, use.offered, use.max_calls > 1)
     stream = engine.submit([prompt], sampling, body.n or 1)
     found = deltas(stream, False, hidden_tokens(engine.model.tokenizer, template), make_reader if template else lambda: None)
-    chunks = chat_chunks(stream, found, not body.stream or bool(body.stream_options and body.stream_options.include_usage))
+    chunks = chat_chunks(stream, found, body.include_usage)
     return event_stream(chunks) if body.stream else json_response(await fold_chat(chunks))
 
 
@@ -3091,7 +3105,9 @@ def constraint(body: ChatRequest) -> tuple[str, dict[str, Any]] | None:
     value = decoded_object(value) if kind == "json" else value
     if kind == "json" and not isinstance(value, dict):
         raise APIError(400, "The schema is not a JSON object.", "invalid_value", param)
-    return param, {"json": json_part, "regex": regex_part, "choice": choice_part, "grammar": lark_part}[kind](value)
+    if kind == "grammar":  # `compile_grammar` reads it
+        return param, {"unread": value}
+    return param, {"json": json_part, "regex": regex_part, "choice": choice_part}[kind](value)
 
 
 def chat_grammar(model: Model, form: AnswerForm, prompt: Prompt, answer: tuple[str, dict[str, Any]] | None,
@@ -3219,14 +3235,9 @@ def fold_message(message: dict[str, Any], delta: dict[str, Any]) -> None:
 # POST /v1/completions, /tokenize, /detokenize, GET /tokenizer_info: text as it stands, and what evaluations score it with.
 
 
-# Known but not done, as for chat.
-COMPLETION_REFUSED: dict[str, tuple] = {
-    "best_of": (1,), "response_format": ({"type": "text"},), "structured_outputs": (), "guided_json": (), "guided_regex": (),
-    "guided_choice": (), "guided_grammar": (), "guided_whitespace_pattern": (), "prompt_logprobs": (), "prompt_embeds": (),
-    "use_beam_search": (False,), "length_penalty": (1.0,), "bad_words": ([],), "allowed_token_ids": (),
-    "include_stop_str_in_output": (False,), "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,),
-    "truncate_prompt_tokens": (), "return_tokens_as_token_ids": (False,), "return_token_ids": (False,),
-    "logits_processors": ([],), "kv_transfer_params": (), "service_tier": ("auto", "default"),
+COMPLETION_REFUSED = REFUSED | {
+    "response_format": ({"type": "text"},), "structured_outputs": (), "prompt_embeds": (),
+    "return_tokens_as_token_ids": (False,), "return_token_ids": (False,),
 }
 CompletionRefused = msgspec.defstruct("CompletionRefused", [(name, Any, None) for name in COMPLETION_REFUSED],
                                       bases=(SamplingFields,), kw_only=True)
@@ -3271,8 +3282,7 @@ async def completions() -> Response:
         texts = [with_suffix(engine.model, text, body.suffix) for text in texts]
     read = functools.partial(read_prompts, engine.model, texts, body.add_special_tokens is not False)
     stream = engine.submit(await trio.to_thread.run_sync(read, limiter=app.rendering), sampling, body.n or 1)
-    chunks = completion_chunks(stream, texts if body.echo else [],
-                               not body.stream or bool(body.stream_options and body.stream_options.include_usage))
+    chunks = completion_chunks(stream, texts if body.echo else [], body.include_usage)
     return event_stream(chunks) if body.stream else json_response(await fold_completion(chunks))
 
 

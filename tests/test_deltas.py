@@ -2,6 +2,7 @@
 import functools
 import json
 import random
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -197,6 +198,15 @@ def test_an_enforced_call_that_is_cut_off_keeps_what_came(end: int) -> None:
         assert pieces == ([serve.Piece("content", LIVE[:end])] if end else [])
     else:
         assert LIVE[start:end].startswith("".join(piece.text for piece in pieces[1:])) and pieces[0].kind == "call"
+
+
+@pytest.mark.parametrize("family", ["qwen3", "function gemma", "gpt-oss"])
+def test_white_space_without_end_holds_up_nobody(family: str) -> None:
+    form = serve.answer_form(model_of(FAMILIES[family]))
+    reader = serve.Reader(serve.response_template(form, form.calls), "", [WEATHER], True)
+    text, start = " \n\n\n" * 1000, time.time()
+    pieces = [piece for cut in (text, "x", text) for piece in reader.read(cut)] + reader.read("", last=True)
+    assert said(pieces) == (text + "x" + text, "", []) and time.time() - start < 2
 
 
 def test_nothing_is_read_where_there_is_nothing_to_read() -> None:

@@ -309,3 +309,10 @@ def test_a_prompt_in_chunks_and_its_answer_are_found_again() -> None:
     world.add(two)
     world.step()
     assert two.num_cached_tokens == 12  # a block that prompt and answer filled together; the fourth was never full
+
+
+def test_a_prompt_is_shared_where_there_is_no_room_for_another() -> None:
+    world = World(num_blocks=10, max_batch_tokens=256)
+    answers = [sequence(list(range(24))) for _ in range(3)]  # six of nine blocks, of which five can be shared
+    world.add(*answers)
+    assert world.step() == dict(zip(answers, [24, 4, 4]))

@@ -173,6 +173,23 @@ def test_bad_grammars(server: LocalServer, fields: dict, param: str) -> None:
     assert response.status_code == 400 and response.json()["error"]["param"] == param, response.text
 
 
+@pytest.mark.parametrize("size", [30_000, 3_000_000])
+def test_a_grammar_of_blank_lines_holds_up_nobody(server: LocalServer, size: int) -> None:
+    start = time.monotonic()
+    response = ask(server, structured_outputs={"grammar": "\n" * size})
+    assert response.status_code == 400 and response.json()["error"]["param"] == "structured_outputs.grammar", response.text
+    assert time.monotonic() - start < 2
+
+
+def test_schemas_too_deep_to_write_are_the_clients_error(server: LocalServer) -> None:
+    """Somewhere between what can be compiled and what cannot even be read."""
+    for depth in range(960, 1000):
+        schema = '{"a":' * depth + "{}" + "}" * depth
+        body = f'{{"messages": {json.dumps(QUESTION)}, "structured_outputs": {{"json": {schema}}}}}'
+        response = http.post(server.url + "/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+        assert response.status_code == 400, (depth, response.text)
+
+
 def tool(name: str, parameters: dict | None) -> dict:
     return {"type": "function", "function": {"name": name, **({} if parameters is None else {"parameters": parameters})}}
 
