@@ -24,6 +24,7 @@ import argparse
 import codecs
 import copy
 import ctypes
+import decimal
 import functools
 import gc
 import hashlib
@@ -744,7 +745,7 @@ def locate(name: str, local: bool) -> Callable[[], Checkpoint]:
 
     Takes one request to the hub at most; what is returned may take as long as a download. Raises APIError 404.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name) if local else name)
     if name == DEFAULT_MODEL:
         return lambda: Checkpoint(str(default_checkpoint()))
     if local and path.is_dir():
@@ -1659,6 +1660,9 @@ def score(logits: Tensor, batch: Batch) -> dict[Sequence, list[Token]]:
 
 MAX_GRAMMAR_BYTES = 256 << 10
 COMPILE_SECONDS = 5.0
+COMPILE_STACK = 512 << 20  # bytes of address space: llguidance recurses, some 10 kB a level, a grammar's bytes bound the levels
+MAX_COMPILING = 4  # at a time, those that were given up included: they cannot be stopped
+MAX_MULTIPLE = 100_000  # of all the multipleOf in a schema together: it takes as many states
 GRAMMARS_KEPT = 32
 GRAMMAR_LIMITS = llguidance.LLParserLimits(max_lexer_states=25_000, verbose_errors=False)  # a state takes 1 to 2 kB
 MAX_CALLS = 8  # in one answer whose calls a grammar enforces: a small model would not stop by itself
@@ -1685,12 +1689,22 @@ def json_part(schema: dict[str, Any]) -> dict[str, Any]:
     return {"json_schema": {**schema, "x-guidance": JSON_STYLE}}
 
 
+def check_size(size: int, param: str) -> None:
+    """Raise APIError 400 for more bytes than are compiled."""
+    if size > MAX_GRAMMAR_BYTES:
+        raise APIError(400, f"The grammar has {size} bytes, and at most {MAX_GRAMMAR_BYTES} are taken.", "grammar_too_large",
+                       param)
+
+
 def regex_part(regex: str) -> dict[str, Any]:
+    check_size(len(regex), "structured_outputs.regex")
     return json.loads(llguidance.LLMatcher.grammar_from_regex(regex))["grammars"][0]
 
 
 def choice_part(choices: list[str]) -> dict[str, Any]:
-    return {"lark_grammar": "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)}
+    check_size(sum(map(len, choices)) + 3 * len(choices), "structured_outputs.choice")
+    strings = (json.dumps(choice, ensure_ascii=False).replace("\x7f", "\\u007f") for choice in choices)
+    return {"lark_grammar": "start: CHOICE\nCHOICE: " + " | ".join(strings)}  # a terminal: rules are far fewer
 
 
 def lark_part(text: str, param: str) -> dict[str, Any]:
@@ -1749,11 +1763,12 @@ def lark_text(tokenizer: transformers.PreTrainedTokenizerBase, text: str) -> str
     return " ".join(f"<[{added[piece]}]>" if piece in added else json.dumps(piece) for piece in pieces if piece)
 
 
-def on_its_own_thread(function: Callable[[], Any], niceness: int = 0) -> Any:
+def on_its_own_thread(function: Callable[[], Any], niceness: int = 0, stack: int = 0) -> Any:
     """Run a function on a thread that ends with it, and return what it returns.
 
     So its OpenMP team ends too: while there are more threads in all teams than cores, libgomp hardly spins, and a step of
-    one sequence takes twice as long. With niceness the thread yields to the others, where threads can (Linux).
+    one sequence takes twice as long. With niceness the thread yields to the others, where threads can (Linux). stack: its
+    size in bytes, if not the usual.
     """
     def work() -> None:
         if niceness and sys.platform == "linux":
@@ -1761,8 +1776,11 @@ def on_its_own_thread(function: Callable[[], Any], niceness: int = 0) -> Any:
         results.append(outcome.capture(function))
 
     results: list[outcome.Outcome] = []
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
+    thread, usual = threading.Thread(target=work, daemon=True), threading.stack_size(stack)
+    try:
+        thread.start()
+    finally:
+        threading.stack_size(usual)
     thread.join()
     return results[0].unwrap()
 
@@ -1774,6 +1792,7 @@ class Grammars:
         self.model = model
         self.compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
         self.turn = trio.Lock()
+        self.compiling: list[str] = []  # threads share it
 
     @functools.cached_property
     def tokenizer(self) -> llguidance.LLTokenizer:
@@ -1792,9 +1811,7 @@ class Grammars:
     async def compile(self, grammar: Grammar) -> llguidance.LLMatcher:
         """Return a grammar compiled, off the event loop and yielding to all else. Raises APIError 400."""
         text, param = grammar.text, next(iter(grammar.params.values()))
-        if len(text) > MAX_GRAMMAR_BYTES:
-            raise APIError(400, f"The grammar has {len(text)} bytes, and at most {MAX_GRAMMAR_BYTES} are taken.",
-                           "grammar_too_large", param)
+        check_size(len(text), param)
         if text not in self.compiled:
             async with self.turn:
                 if text not in self.compiled:  # nobody was faster
@@ -1805,9 +1822,20 @@ class Grammars:
         return self.compiled[text]
 
     async def add(self, text: str, work: Callable[[], llguidance.LLMatcher], param: str) -> None:
-        """Keep what the work compiles. Raises APIError 400 if that takes too long."""
+        """Keep what the work compiles. Raises APIError 400 if that takes too long, 429 beside too many that do."""
+        if len(self.compiling) >= MAX_COMPILING:
+            raise APIError(429, "Grammars that take too long are still being compiled: try again later.", "queue_full", param)
+
+        def counted() -> llguidance.LLMatcher:
+            try:
+                return work()
+            finally:
+                self.compiling.pop()
+
+        self.compiling.append(param)
         with trio.move_on_after(COMPILE_SECONDS):
-            self.compiled[text] = await trio.to_thread.run_sync(on_its_own_thread, work, 10, abandon_on_cancel=True)
+            self.compiled[text] = await trio.to_thread.run_sync(on_its_own_thread, counted, 10, COMPILE_STACK,
+                                                                abandon_on_cancel=True)
             return
         raise APIError(400, f"The grammar takes more than {COMPILE_SECONDS:.0f} s to compile.", "grammar_too_complex", param)
 
@@ -1818,6 +1846,9 @@ def compile_grammar(grammars: Grammars, grammar: Grammar, text: str) -> llguidan
     if "unread" in (answer := grammar.parts.get("answer", {})):
         grammar.parts["answer"] = lark_part(answer["unread"], params[0])
         text = grammar.text
+    for part, param in zip(grammar.parts.values(), params):
+        if math.lcm(*multiples(part.get("json_schema", {}))) > MAX_MULTIPLE:
+            raise APIError(400, f"It cannot be enforced: a multipleOf beyond {MAX_MULTIPLE}.", "invalid_grammar", param)
     try:
         make = functools.partial(llguidance.LLMatcher, grammars.tokenizer, log_level=0, limits=GRAMMAR_LIMITS)
     except Exception as error:  # of a library, about a tokenizer that is not ours
@@ -1828,7 +1859,22 @@ def compile_grammar(grammars: Grammars, grammar: Grammar, text: str) -> llguidan
         alone = [make(json.dumps({"grammars": [part]})) for part in grammar.parts.values()]
         param, bad = next((pair for pair in zip(params, alone) if pair[1].is_error()), (params[0], matcher))
         raise APIError(400, f"It cannot be enforced: {bad.get_error()}", "invalid_grammar", param)
+    first = matcher.deep_copy()
+    first.compute_bitmask()  # some of what compiles cannot be followed a single step
+    if first.is_error():
+        raise APIError(400, f"It cannot be enforced: {first.get_error()}", "invalid_grammar", params[0])
     return matcher
+
+
+def multiples(schema: dict[str, Any]) -> Iterable[int]:
+    """Return the integers of which a schema wants multiples, decimals without their point."""
+    nodes = [schema]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, dict) and type(wanted := node.get("multipleOf")) in (int, float):
+            exponent = min(0, decimal.Decimal(str(wanted)).normalize().as_tuple().exponent)
+            yield abs(int(decimal.Decimal(str(wanted)).scaleb(-exponent))) or 1
+        nodes += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
 
 
 def grammar_error(matcher: llguidance.LLMatcher) -> APIError:
@@ -2548,6 +2594,8 @@ def parser_class() -> type:
     from transformers.utils.chat_parsing import ResponseParser
 
     class Parser(ResponseParser):
+        num_written = 0  # characters of the opening, which are not generated
+
         def _open_explicit(self, events: list[dict], field: Any, m: Any) -> None:
             self.opened_at = m.start()
             super()._open_explicit(events, field, m)
@@ -2745,7 +2793,8 @@ def json_response(body: dict[str, Any], status: int = 200, headers: dict[str, st
 def error_body(error: APIError) -> dict[str, Any]:
     kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(
         error.status, "invalid_request_error" if error.status < 500 else "server_error")
-    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+    message = error.message if len(error.message) <= 2000 else error.message[:2000] + "…"  # it may quote the client
+    return {"error": {"message": message, "type": kind, "param": error.param, "code": error.code}}
 
 
 def for_client(error: Exception, where: str) -> APIError:
@@ -3405,6 +3454,9 @@ async def fold_completion(chunks: AsyncIterator[dict[str, Any]]) -> dict[str, An
     return {**chunk, "choices": [choices[i] for i in sorted(choices)]}
 
 
+MAX_TOKENIZED = 4 << 20  # characters
+
+
 class TokenizeRequest(msgspec.Struct):
     prompt: str
     model: str | None = None
@@ -3420,8 +3472,11 @@ class DetokenizeRequest(msgspec.Struct):
 
 @app.post("/tokenize")
 async def tokenize_text() -> Response:
-    """Answer with the token ids of a text, however long."""
+    """Answer with the token ids of a text, of more than fits a prompt too."""
     body = await read_body(TokenizeRequest)
+    if len(body.prompt) > MAX_TOKENIZED:
+        raise APIError(400, f"The prompt has {len(body.prompt)} characters, and at most {MAX_TOKENIZED} are taken.",
+                       "invalid_value", "prompt")
     refuse(body, {"messages": (), "return_token_strs": (False,)})
     engine = await app.models.get(body.model)
     read = functools.partial(engine.model.tokenizer, body.prompt, add_special_tokens=body.add_special_tokens is not False)
@@ -3433,6 +3488,9 @@ async def tokenize_text() -> Response:
 async def detokenize() -> Response:
     """Answer with the text of token ids, special ones included."""
     body = await read_body(DetokenizeRequest)
+    if len(body.tokens) > MAX_TOKENIZED // 16:
+        raise APIError(400, f"There are {len(body.tokens)} token ids, and at most {MAX_TOKENIZED // 16} are taken.",
+                       "invalid_value", "tokens")
     model = (await app.models.get(body.model)).model
     if max(body.tokens, default=0) >= model.vocab_size:
         raise APIError(400, f"tokens has a token id outside the vocabulary of {model.vocab_size}.", "invalid_value", "tokens")

@@ -443,3 +443,18 @@ def test_reasoning_effort(server: LocalServer, monkeypatch: pytest.MonkeyPatch, 
             serve.template_kwargs(body, server.engine.model)
     else:
         assert serve.template_kwargs(body, server.engine.model) == expected
+
+
+@pytest.mark.parametrize("written", [
+    'x ```json\n{"a": 1}\n``` y', "<think>a</think>b", '<tool_call>{"name": "f"}</tool_call> '])
+def test_an_opening_that_looks_like_a_call_is_continued(written: str, server: LocalServer) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    response = ask(server, continue_final_message=True, tools=[tool], max_tokens=3, messages=[
+        {"role": "user", "content": "Go on."}, {"role": "assistant", "content": written}])
+    assert response.status_code == 200, response.text
+
+
+def test_names_are_no_paths_and_not_repeated_at_length(server: LocalServer) -> None:
+    for name in ("~nouser/x", "~", "a" * 100_000):
+        response = ask(server, model=name)
+        assert response.status_code == 404 and len(response.content) < 3000

@@ -322,3 +322,12 @@ def test_tokenizer_info(server: LocalServer) -> None:
 def test_tokenizer_refusals(server: LocalServer, path: str, fields: dict, param: str) -> None:
     response = post(server, path, **fields)
     assert response.status_code == 400 and response.json()["error"]["param"].split("[")[0] == param
+
+
+@pytest.mark.parametrize("path, body, param", [
+    ("/detokenize", {"tokens": [1] * (serve.MAX_TOKENIZED // 16 + 1)}, "tokens"),
+    ("/tokenize", {"prompt": "a" * (serve.MAX_TOKENIZED + 1)}, "prompt"),
+], ids=["ids", "text"])
+def test_tokenizing_has_bounds(path: str, body: dict, param: str, server: LocalServer) -> None:
+    response = http.post(server.url + path, json=body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)

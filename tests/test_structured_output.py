@@ -194,6 +194,50 @@ def tool(name: str, parameters: dict | None) -> dict:
     return {"type": "function", "function": {"name": name, **({} if parameters is None else {"parameters": parameters})}}
 
 
+def chain(length: int, link: dict | None = None) -> dict:
+    """Return a schema whose definitions refer to each other in a row."""
+    links = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}", **(link or {})} for i in range(length)}
+    return {"$ref": "#/$defs/d0", "$defs": {**links, f"d{length}": {"type": "null"}}}
+
+
+@pytest.mark.parametrize("schema", [chain(3000), chain(3000, {"title": "a"}), {"$ref": "#/$defs/d0", "$defs": {
+    f"d{i}": {"type": "object", "properties": {"a": {"$ref": f"#/$defs/d{i + 1}"}}} for i in range(2000)} | {"d2000": {}}}],
+    ids=["references", "with titles", "objects"])
+def test_long_chains_of_definitions_do_not_end_the_process(schema: dict, server: LocalServer) -> None:
+    """llguidance recurses over them, which took more stack than a thread usually has."""
+    assert ask(server, max_tokens=4, response_format=json_schema(schema)).status_code in (200, 400)
+    assert ask(server, max_tokens=4).status_code == 200
+
+
+@pytest.mark.parametrize("multiple", [123456789, 0.123456789, 1e9])
+def test_large_multiples_are_refused(multiple: float, server: LocalServer) -> None:
+    response = ask(server, response_format=json_schema({"type": "number", "multipleOf": multiple}))
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "response_format") and "multipleOf" in error["message"]
+
+
+@pytest.mark.parametrize("choices", [["a", "ab"], ["\x7f"], [f"word {i}" for i in range(5000)]], ids=["prefix", "DEL", "many"])
+def test_choices_of_any_kind_and_number(choices: list[str], server: LocalServer) -> None:
+    response = ask(server, structured_outputs={"choice": choices})
+    assert response.status_code == 200 and response.json()["choices"][0]["message"]["content"] in choices, response.text
+
+
+async def test_no_more_compilations_than_may_be_given_up(exact: serve.Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that takes too long cannot be stopped: beside as many as may be so, others are asked to come again."""
+    monkeypatch.setattr(serve, "COMPILE_SECONDS", 0.05)
+    monkeypatch.setattr(serve, "MAX_COMPILING", 2)
+    grammars, release = serve.Grammars(exact.model), threading.Event()
+    for status in (400, 400, 429):
+        with pytest.raises(serve.APIError) as refusal:
+            await grammars.add("text", release.wait, "field")
+        assert refusal.value.status == status
+    release.set()
+    while grammars.compiling:
+        await trio.sleep(0.01)
+    await grammars.add("text", lambda: "compiled", "field")
+    assert grammars.compiled["text"] == "compiled"
+
+
 def test_logprobs_are_of_the_raw_logits(server: LocalServer) -> None:
     fields = {"logprobs": True, "top_logprobs": 5, "max_tokens": 3}
     free, bound = (ask(server, **fields, **extra).json()["choices"][0]["logprobs"]["content"]
