@@ -23,7 +23,7 @@ if __name__ == "__main__":  # run as a file: stand where serve.py puts this fold
     __package__ = "serve_kernels"
 
 from .attention import paged_attention_eager, paged_attention_sdpa
-from .compile_cpu import CompileError, load
+from .compile_cpu import load, problem
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
@@ -55,11 +55,7 @@ def _entry_points(*flags: str) -> dict[torch.dtype, Callable[..., None]]:
 @functools.cache
 def unavailable() -> str | None:
     """Return why this machine cannot run the kernel, or None where it is compiled and ready."""
-    try:
-        _entry_points()
-    except CompileError as error:
-        return str(error)
-    return None
+    return problem(_entry_points)
 
 
 def unsupported(q: Tensor, v: Tensor, k_cache: Tensor) -> str | None:

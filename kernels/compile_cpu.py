@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -36,6 +37,15 @@ def load(source: Path, *flags: str) -> ctypes.CDLL:
         return ctypes.CDLL(str(library))
     except OSError as error:  # a cache carried to a machine without the libraries it was linked to
         raise CompileError(f"{library.name} does not load: {error}") from error
+
+
+def problem(build: Callable[[], object]) -> str | None:
+    """Return why what loads a library cannot do so, or None once it has."""
+    try:
+        build()
+    except CompileError as error:
+        return str(error)
+    return None
 
 
 def _compiler() -> str:

@@ -34,7 +34,7 @@ if __name__ == "__main__":  # run as a file: stand where serve.py puts this fold
 
 from . import panels_cpu
 from .attention_cpu import Attention
-from .compile_cpu import CompileError, load
+from .compile_cpu import load, problem
 from .panels_cpu import PANEL, Linear, joint_weight
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -68,11 +68,7 @@ def _library(*flags: str) -> ctypes.CDLL:
 @functools.cache
 def unavailable() -> str | None:
     """Return why this machine cannot run the kernel, or None where it is compiled and ready."""
-    try:
-        _library()
-    except CompileError as error:
-        return str(error)
-    return None
+    return problem(_library)
 
 
 class FusedLayer(nn.Module):

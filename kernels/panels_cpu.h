@@ -16,9 +16,9 @@ constexpr int VECS = PANEL / LANES;
 constexpr int ROW_TILE = 256;  // rows of one work item: a panel stays in the cache for all of them
 
 struct Linear {
-  const uint8_t* panels;  // [outputs / PANEL] of: [inputs / 2][PANEL] pairs, or [inputs / group] of `Group`
+  const uint8_t* panels;  // [outputs / PANEL] of: [inputs / 2][PANEL] pairs, or [inputs / group] groups
   const bf16* bias;       // [outputs] or null
-  const float* table;      // [16] what codes of 4 bits stand for
+  const float* table;     // [16] what codes of 4 bits stand for
   int outputs, inputs;
   int bits;   // 16: pairs of bfloat16; 8: signed integers; 4: indices into the table
   int group;  // inputs that share a scale and a minimum: a multiple of 8

@@ -27,7 +27,7 @@ if __name__ == "__main__":  # run as a file: stand where serve.py puts this fold
     sys.modules["serve_kernels"].__path__ = [str(Path(__file__).parent)]
     __package__ = "serve_kernels"
 
-from .compile_cpu import CompileError, load
+from .compile_cpu import load, problem
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 PANEL = 32  # as in panels_cpu.h
@@ -110,11 +110,7 @@ def _library(*flags: str) -> ctypes.CDLL:
 @functools.cache
 def unavailable() -> str | None:
     """Return why this machine cannot run the kernel, or None where it is compiled and ready."""
-    try:
-        _library()
-    except CompileError as error:
-        return str(error)
-    return None
+    return problem(_library)
 
 
 def unsupported(weight: Weight) -> str | None:
