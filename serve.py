@@ -15,7 +15,8 @@ The life of a request, top to bottom of this file and back:
     deltas             turns tokens into text, stops at stop strings; chat_chunks makes them chunks, sent or folded
 
 Contents: Configuration · Paged KV cache · Sequences · Scheduler · Model · Runner · Fusion · Sampling · Structured output ·
-Engine · Model pool · Prompts · Deltas · HTTP · Sampling fields · Chat completions · Completions · Models and health · Main.
+Engine · Model pool · Prompts · Deltas · HTTP · Sampling fields · MCP tools · Chat completions · Completions ·
+Models and health · Main.
 Each banner is the name of its test file.
 """
 from __future__ import annotations
@@ -28,6 +29,7 @@ import decimal
 import functools
 import gc
 import hashlib
+import importlib
 import inspect
 import itertools
 import json
@@ -53,7 +55,7 @@ import zipfile
 from array import array
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -150,6 +152,35 @@ def existing_file(text: str) -> str:
     return text
 
 
+class ToolServerSettings(msgspec.Struct, kw_only=True):
+    """How to reach an MCP server: the command that starts it, or its address."""
+
+    command: str | None = None
+    args: list[str] = []
+    env: dict[str, str] = {}
+    cwd: str | None = None
+    url: Annotated[str, Meta(pattern="^https?://")] | None = None
+    headers: dict[str, str] = {}
+    disabled: bool = False
+
+
+class ToolServersFile(msgspec.Struct):
+    mcp_servers: dict[Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}\Z")], ToolServerSettings] = msgspec.field(
+        name="mcpServers")
+
+
+def tool_servers(text: str) -> dict[str, ToolServerSettings]:
+    """Return the MCP servers of a configuration file, by label."""
+    try:
+        servers = msgspec.json.decode(Path(text).read_bytes(), type=ToolServersFile).mcp_servers
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be read: {error}") from None
+    for label, settings in servers.items():
+        if (settings.command is None) == (settings.url is None):
+            raise argparse.ArgumentTypeError(f"{text!r}: the server {label!r} needs either a command or a url")
+    return {label: settings for label, settings in servers.items() if not settings.disabled}
+
+
 def named_adapter(text: str) -> str:
     """Return a NAME=FOLDER whose folder holds an adapter."""
     name, _, folder = text.partition("=")
@@ -230,6 +261,13 @@ class Config:
     threads: int | None = flag(None, "engine", "CPU threads of the forward pass; default: torch's", at_least(1))
     default_seed: int | None = flag(None, "engine", "makes requests without a seed reproducible too", int)
 
+    mcp_config: dict | None = flag(None, "tools", "a JSON file of MCP servers whose tools can be run here, as desktop clients "
+                                   'have it: {"mcpServers": {NAME: {"command", "args", "env"} or {"url", "headers"}}}',
+                                   tool_servers, metavar="FILE")
+    mcp_auto: bool = flag(False, "tools", "offer these tools in every chat completion, and run them inside the request")
+    mcp_timeout: float = flag(60.0, "tools", "seconds that one call of a tool may take", at_least(0.1, float))
+    mcp_max_result: int = flag(16384, "tools", "characters of a tool's result that the model gets to read", at_least(1))
+
     host: str = flag("127.0.0.1", "server", "address to listen on")
     port: int = flag(8000, "server", "port to listen on; 0: any free one", at_least(0))
     enable_cors: bool = flag(False, "server", "let web pages of any origin call the server")
@@ -268,7 +306,7 @@ def parse_command_line(argv: list[str]) -> Config:
     parser = argparse.ArgumentParser("serve.py", description=__doc__.split("\n")[0], allow_abbrev=False,
                                      epilog=f"Downloads are kept in {cache_folder()} (set SERVE_CACHE to move it).")
     parser.error = lambda message: parser.exit(2, f"serve.py: {message}\n")
-    groups = {name: parser.add_argument_group(name) for name in ("models", "engine", "server")}
+    groups = {name: parser.add_argument_group(name) for name in ("models", "engine", "tools", "server")}
     groups["quantisation"] = groups["models"].add_mutually_exclusive_group()
     for name in ("bnb-4bit", "bnb-8bit"):
         groups["quantisation"].add_argument("--load-in-" + name[4:], dest="quantization", action="store_const", const=name,
@@ -2764,6 +2802,7 @@ class App(QuartTrio):
     models: ModelPool
     settings: Config
     rendering = trio.CapacityLimiter(4)  # threads that turn messages into tokens
+    tool_servers: dict[str, ToolServer]
     draining = False
     active = 0  # requests being answered
 
@@ -3022,6 +3061,204 @@ def sampling_params(body: SamplingFields, model: Model, logprobs: int | None) ->
 def first_of(*values: Any) -> Any:
     """Return the first value that is not None, if there is one."""
     return next((value for value in values if value is not None), None)
+
+
+# ── MCP tools ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Decides which tools are run here: those of MCP servers, each of them started, watched and started again by a task of its own.
+
+MCP_WAIT = 10.0  # seconds that a request waits for servers that are starting
+MCP_CONNECT = 60.0  # seconds to start and to tell its tools: a server may have to be downloaded first
+MCP_LOOK = 30.0  # seconds between two looks at a server's tools, which show that it lives
+MAX_MCP_MESSAGE = 16 << 20  # bytes of an event that comes over HTTP
+
+
+@dataclass(frozen=True, slots=True)
+class CallResult:
+    """What a tool answered, or why it did not."""
+
+    text: str
+    is_error: bool
+
+
+@dataclass(slots=True, eq=False)
+class ToolServer:
+    """An MCP server, and the connection to it. One task owns that; others may call tools over it while it lasts."""
+
+    label: str
+    settings: ToolServerSettings
+    status: str = "starting"  # for the first time or again; then ready or, if it does not start, failed: it is tried again
+    reason: str | None = None  # why it failed or is lost
+    tools: list[Any] = field(default_factory=list)  # as the server describes them
+    client: Any = None
+    settled: trio.Event = field(default_factory=trio.Event)  # it is known how it is
+    suspect: trio.Event = field(default_factory=trio.Event)  # its tools may have changed, or it may be dead
+
+    async def run(self) -> None:
+        """Stay connected for ever, waiting longer after each loss that follows soon upon another."""
+        delay = 0.5
+        while True:
+            since = trio.current_time()
+            try:
+                await self.connect()
+            except* Exception as errors:  # whatever libraries make of processes and networks; cancellation passes
+                self.lose(errors)
+            delay = 0.5 if trio.current_time() - since > 2 * MCP_CONNECT else min(2 * delay, 60)
+            await trio.sleep(delay)
+
+    async def connect(self) -> None:
+        """Connect, and look at the tools again and again. Ends with whatever is raised when the server is lost."""
+        await trio.to_thread.run_sync(importlib.import_module, "mcp")  # half a second, for those who need it
+        import mcp
+
+        with trio.fail_after(MCP_CONNECT) as limit:
+            async with mcp.Client(self.transport(), message_handler=self.hear, cache=None) as client:
+                while True:
+                    self.suspect = trio.Event()
+                    tools = await listed_tools(client)
+                    limit.deadline = math.inf
+                    self.gain(client, tools)
+                    with trio.move_on_after(MCP_LOOK):
+                        await self.suspect.wait()
+                    limit.deadline = trio.current_time() + MCP_CONNECT
+
+    @asynccontextmanager
+    async def transport(self) -> AsyncIterator[Any]:
+        """Start the server or reach out for it, and yield the streams of its messages."""
+        import httpx2
+        from mcp.client import stdio, streamable_http
+
+        if url := self.settings.url:
+            async with (httpx2.AsyncClient(headers=self.settings.headers, timeout=httpx2.Timeout(30, read=None)) as http,
+                        streamable_http.streamable_http_client(url, http_client=http,
+                                                               max_sse_event_size=MAX_MCP_MESSAGE) as streams):
+                yield streams
+            return
+        start = stdio.StdioServerParameters(command=self.settings.command, args=self.settings.args, env=self.settings.env,
+                                            cwd=self.settings.cwd)
+        readable, writable = os.pipe()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.log_output, readable)
+            with open(writable, "w") as stderr:
+                async with stdio.stdio_client(start, stderr) as streams:
+                    stderr.close()  # the server has it
+                    yield streams
+            nursery.cancel_scope.cancel()
+
+    async def log_output(self, stderr: int) -> None:
+        """Log what the server writes to stderr; that ends when the server does."""
+        rest = b""
+        async with trio.lowlevel.FdStream(stderr) as stream:
+            async for chunk in stream:
+                *lines, rest = (rest + chunk)[-65536:].split(b"\n")
+                for line in lines:
+                    log.info("mcp %s: %s", self.label, "".join(filter(str.isprintable, line.decode(errors="replace"))))
+        self.doubt()
+
+    async def hear(self, message: Any) -> None:
+        if getattr(message, "method", None) == "notifications/tools/list_changed":
+            self.doubt()
+
+    def doubt(self) -> None:
+        """Have the server looked at; who needs it waits for that."""
+        self.settled = trio.Event() if self.settled.is_set() else self.settled
+        self.suspect.set()
+
+    def gain(self, client: Any, tools: list[Any]) -> None:
+        """Take note of a server that answers."""
+        if self.status != "ready":
+            log.info("mcp %s: ready, with %d tools", self.label, len(tools))
+        self.client, self.tools, self.status, self.reason = client, tools, "ready", None
+        self.settled.set()
+
+    def lose(self, errors: BaseExceptionGroup) -> None:
+        """Take note of a server that does not answer: one that did is started again at once."""
+        first = errors
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        self.client, self.tools, self.reason = None, [], f"{type(first).__name__}: {first}"
+        log.warning("mcp %s: %s: %s", self.label, "lost" if self.status == "ready" else "cannot be started", self.reason)
+        if self.status == "ready":
+            self.status = "starting"
+            self.doubt()
+        else:
+            self.status = "failed"
+            self.settled.set()
+
+    async def call(self, name: str, arguments: str) -> CallResult:
+        """Run a tool. Whatever goes wrong is its result, for the model to read; to cancel this is to cancel the call."""
+        await wait_for_servers([self])
+        if self.client is None:
+            return CallResult(f"The server of this tool is not running: {self.reason}", True)
+        try:
+            with trio.fail_after(app.settings.mcp_timeout):
+                result = await self.client.call_tool(name, msgspec.json.decode(arguments or "{}", type=dict[str, Any]))
+        except trio.TooSlowError:
+            return CallResult(f"The tool did not answer within {app.settings.mcp_timeout:g} s.", True)
+        except Exception as error:  # of a library, about a server that is not ours
+            self.doubt()
+            return CallResult(f"The call failed: {error}", True)
+        return CallResult(shortened(result_text(result), app.settings.mcp_max_result), bool(result.is_error))
+
+
+async def listed_tools(client: Any) -> list[Any]:
+    """Return the tools of a server, page by page."""
+    page = await client.list_tools()
+    tools = page.tools
+    while page.next_cursor is not None and len(tools) < 1024:
+        page = await client.list_tools(cursor=page.next_cursor)
+        tools += page.tools
+    return tools
+
+
+def result_text(result: Any) -> str:
+    """Return what a tool's result says; what is no text is named."""
+    texts = []
+    for block in result.content:
+        text = getattr(getattr(block, "resource", block), "text", None)
+        texts.append(f"[{block.type}: it is no text, and not shown]" if text is None else text)
+    return "\n".join(texts) if texts or result.structured_content is None else json.dumps(result.structured_content)
+
+
+def shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length]}\n[Cut here: it has {len(text)} characters.]"
+
+
+async def wait_for_servers(servers: Iterable[ToolServer]) -> None:
+    """Wait for servers that are starting, for a while."""
+    with trio.move_on_after(MCP_WAIT):
+        for server in servers:
+            await server.settled.wait()
+
+
+@dataclass(frozen=True, slots=True)
+class ServerTool:
+    """A tool that is run here."""
+
+    server: ToolServer
+    name: str  # by which the server knows it
+    definition: dict[str, Any]  # as chat templates have it, with the name by which the model knows it
+
+
+async def server_tools(servers: Iterable[ToolServer], taken: set[str]) -> dict[str, ServerTool]:
+    """Return the tools of servers by the names that the model calls them by: after the label if the mere name is taken."""
+    await wait_for_servers(servers)
+    tools: dict[str, ServerTool] = {}
+    for server in servers:
+        for tool in server.tools:
+            name = re.sub(r"[^a-zA-Z0-9_-]", "_", tool.name)
+            name = f"{server.label}__{name}" if name in taken or name in tools else name
+            function = {"name": name, "description": tool.description or "", "parameters": tool.input_schema}
+            tools[name] = ServerTool(server, tool.name, {"type": "function", "function": function})
+    return tools
+
+
+@app.get("/v1/mcp/servers")
+async def list_tool_servers() -> Response:
+    """List the MCP servers: how they are, and the tools of those that are ready."""
+    return json_response({"object": "list", "data": [
+        {"name": server.label, "status": server.status, "error": server.reason, "tools": [
+            {"name": tool.name, "description": tool.description, "input_schema": tool.input_schema} for tool in server.tools]}
+        for server in app.tool_servers.values()]})
 
 
 # ── Chat completions ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -3590,6 +3827,9 @@ async def serve(config: Config, listener: socket.socket, stop: trio.Event) -> in
     code = 0
     async with trio.open_nursery() as nursery:
         app.models = ModelPool(config, nursery)
+        app.tool_servers = {label: ToolServer(label, settings) for label, settings in (config.mcp_config or {}).items()}
+        for server in app.tool_servers.values():
+            nursery.start_soon(server.run)
         await nursery.start(functools.partial(hypercorn.trio.serve, app, http, shutdown_trigger=stop.wait))
         host, port = listener.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -3648,7 +3888,7 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(format="%(levelname).1s %(asctime)s %(message)s", datefmt="%H:%M:%S", level=config.log_level.upper())
     if config.log_level != "debug":
         transformers.utils.logging.set_verbosity_error()
-    for noisy in ("httpx", "httpx2", "hypercorn.error", "filelock", "urllib3"):
+    for noisy in ("httpx", "httpx2", "hypercorn.error", "filelock", "urllib3", "mcp"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, log.getEffectiveLevel()))
     try:
         listener = socket.create_server((config.host, config.port), backlog=1024,
