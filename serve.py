@@ -55,7 +55,7 @@ import zipfile
 from array import array
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -323,6 +323,8 @@ def parse_command_line(argv: list[str]) -> Config:
         if name not in ACCEPTED_FLAGS:
             arguments.append(name + equals + value)
     values = vars(parser.parse_args(arguments))
+    if values["mcp_auto"] and not values["mcp_config"]:
+        parser.error("--mcp-auto needs --mcp-config")
     if values["force_model"] and values["models"]:
         parser.error("--force-model loads one model: name no others")
     taken = {*values["models"], values["force_model"], values["served_model_name"]}
@@ -3878,9 +3880,21 @@ async def drain_on_signal(grace_period: float, stop: trio.Event) -> None:
             if app.active:
                 log.warning("%d requests were cut off", app.active)
             stop.set()
-            last_resort = threading.Timer(3, os._exit, (0,))  # hypercorn's send to a client that does not read
+            last_resort = threading.Timer(3, end, (0,))  # hypercorn's send to a client that does not read
             last_resort.daemon = True
             last_resort.start()
+
+
+def end(code: int) -> None:
+    """End the process at once, and those that it has started: a download, a compiler, a server of tools."""
+    children = psutil.Process().children(recursive=True)
+    for child in children:
+        with suppress(psutil.NoSuchProcess):
+            child.terminate()
+    for child in psutil.wait_procs(children, 0.5)[1]:
+        child.kill()
+    logging.shutdown()
+    os._exit(code)  # a thread amid a load would be torn down with the interpreter, and abort the process
 
 
 def main(argv: list[str]) -> int:
@@ -3900,8 +3914,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    for child in psutil.Process().children():  # a download, a compiler: whoever ends us while we load does not want them
-        child.terminate()
-    logging.shutdown()
-    os._exit(code)  # a thread amid a load would be torn down with the interpreter, and abort the process
+    end(main(sys.argv[1:]))

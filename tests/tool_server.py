@@ -5,6 +5,7 @@ from typing import Literal
 
 import anyio
 from mcp.server import MCPServer
+from mcp.server.mcpserver import Context
 from mcp_types import ToolAnnotations
 
 server = MCPServer("test")
@@ -42,6 +43,14 @@ def fail() -> str:
 def megabyte() -> str:
     """Say much."""
     return "word " * 200_000
+
+
+@server.tool()
+async def learn(name: str, context: Context) -> str:
+    """Offer one more tool."""
+    server.add_tool(lambda: "new", name=name, description="New.")
+    await context.notify_tools_changed()
+    return "learned"
 
 
 @server.tool()

@@ -1,0 +1,219 @@
+"""Tools of real MCP servers, over stdio and HTTP: called, hanging, failing, killed amid a call; in chat completions."""
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import serve
+import trio
+from conftest import ROOT
+
+TOOL_SERVER = str(ROOT / "tests" / "tool_server.py")
+
+
+class Process:
+    """A tool server as these tests see it: how it is reached, and what it has noted."""
+
+    def __init__(self, folder: Path, transport: str) -> None:
+        self.events = folder / f"{transport}.events"
+        self.events.touch()
+        if transport == "stdio":
+            self.settings = {"command": sys.executable, "args": [TOOL_SERVER, str(self.events), "stdio"]}
+            return
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self.command = [sys.executable, TOOL_SERVER, str(self.events), "http", str(port)]
+        self.settings = {"url": f"http://127.0.0.1:{port}/mcp", "headers": {"X-Token": "secret"}}
+        self.children: list[subprocess.Popen] = []
+        self.start()
+
+    def start(self) -> None:
+        """Start a server that is reached over HTTP; one over stdio is started by who uses it."""
+        if "url" in self.settings:
+            self.children.append(subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+            deadline = time.monotonic() + 20
+            while socket.socket().connect_ex(("127.0.0.1", int(self.command[-1]))):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+
+    @property
+    def noted(self) -> list[str]:
+        return self.events.read_text().split("\n")
+
+    @property
+    def pid(self) -> int:
+        return int([event for event in self.noted if event.startswith("start")][-1].split()[1])
+
+    async def notes(self, event: str, seconds: float = 10) -> None:
+        """Wait until it has noted an event."""
+        with trio.fail_after(seconds):
+            while event not in self.noted:
+                await trio.sleep(0.02)
+
+    def stop(self) -> None:
+        for child in getattr(self, "children", []):
+            child.kill()
+            child.wait()
+
+
+@pytest.fixture(scope="module", params=["stdio", "http"])
+def process(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    process = Process(tmp_path_factory.mktemp("tools"), request.param)
+    yield process
+    process.stop()
+
+
+@pytest.fixture(autouse=True)
+def settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve.app, "settings", serve.Config(mcp_timeout=5.0), raising=False)
+
+
+@contextlib.asynccontextmanager
+async def running(settings: dict, label: str = "test") -> AsyncIterator[serve.ToolServer]:
+    """A tool server's task in a nursery of its own."""
+    server = serve.ToolServer(label, serve.msgspec.convert(settings, serve.ToolServerSettings))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(server.run)
+        yield server
+        nursery.cancel_scope.cancel()
+
+
+async def test_calls(process: Process, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "serve")
+    async with running(process.settings) as server:
+        tools = await serve.server_tools([server], {"fail"})
+        assert server.status == "ready" and {"capital", "hang", "test__fail", "megabyte"} <= tools.keys()
+        assert tools["test__fail"].name == "fail" and tools["test__fail"].definition["function"]["name"] == "test__fail"
+        assert tools["capital"].definition["function"]["parameters"]["properties"]["country"]["enum"] == ["France", "Italy"]
+        assert await server.call("capital", '{"country": "Italy"}') == serve.CallResult("Rome", False)
+        for name, arguments, said in [("capital", '{"country": "Mars"}', "Input should be"), ("fail", "{}", "fail"),
+                                      ("none", "{}", "none"), ("capital", "[", "The call failed")]:
+            result = await server.call(name, arguments)
+            assert result.is_error and said in result.text
+        much = await server.call("megabyte", "")
+        assert not much.is_error and len(much.text) < 16500 and much.text.endswith("[Cut here: it has 1000000 characters.]")
+        assert server.status == "ready"
+    if "command" in process.settings:
+        assert "mcp test: the tool server [31mspeaks" in caplog.text  # without the escape before it
+
+
+async def test_a_call_that_hangs_is_given_up(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve.app, "settings", serve.Config(mcp_timeout=0.5))
+    async with running(process.settings) as server:
+        await serve.server_tools([server], set())
+        assert await server.call("hang", "{}") == serve.CallResult("The tool did not answer within 0.5 s.", True)
+        await process.notes("hang ended", 2)
+
+
+async def test_a_server_killed_amid_a_call(process: Process) -> None:
+    async with running(process.settings) as server, trio.open_nursery() as nursery:
+        await serve.server_tools([server], set())
+        process.events.write_text(f"start {process.pid}\n")
+        results: list[serve.CallResult] = []
+
+        async def call() -> None:
+            results.append(await server.call("hang", "{}"))
+
+        nursery.start_soon(call)
+        nursery.start_soon(call)
+        await process.notes("hang")
+        os.kill(process.pid, signal.SIGKILL)
+        with trio.fail_after(2):
+            while len(results) < 2:
+                await trio.sleep(0.01)
+        assert all(result.is_error and result.text.startswith("The call failed") for result in results)
+        process.start()
+        with trio.fail_after(8):
+            while (again := await server.call("capital", '{"country": "France"}')).is_error:
+                assert "url" in process.settings, "it is waited for"
+                await trio.sleep(0.05)
+        assert again.text == "Paris"
+
+
+async def test_a_server_that_dies_idle_is_started_again(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "url" in process.settings:  # that it died shows at the next look
+        monkeypatch.setattr(serve, "MCP_LOOK", 0.2)
+    async with running(process.settings) as server:
+        await serve.server_tools([server], set())
+        os.kill(first := process.pid, signal.SIGKILL)
+        with trio.fail_after(5):
+            while server.status == "ready":
+                await trio.sleep(0.02)
+        assert server.reason and not server.tools
+        process.start()
+        with trio.fail_after(10):
+            while server.status != "ready":
+                await trio.sleep(0.02)
+        assert process.pid != first and server.reason is None and server.tools
+
+
+async def test_new_tools_are_seen(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "MCP_LOOK", 0.2)
+    async with running(process.settings) as server:
+        await serve.server_tools([server], set())
+        assert (await server.call("learn", '{"name": "news"}')).text == "learned"
+        with trio.fail_after(3):
+            while "news" not in await serve.server_tools([server], set()):
+                await trio.sleep(0.02)
+
+
+@pytest.mark.parametrize("settings_, reason", [
+    ({"command": "no-such-command"}, "FileNotFoundError"),
+    ({"command": sys.executable, "args": ["-c", "print('nonsense')"]}, "Connection closed"),
+    ({"url": "http://127.0.0.1:9/mcp"}, "ConnectError"),
+], ids=["none", "nonsense", "refused"])
+async def test_a_server_that_does_not_start(settings_: dict, reason: str, caplog: pytest.LogCaptureFixture) -> None:
+    async with running(settings_) as server:
+        assert await serve.server_tools([server], set()) == {}
+        assert server.status == "failed" and reason in server.reason
+        with trio.fail_after(0.1):  # nobody waits for it again
+            assert (await server.call("capital", "{}")).is_error
+        await trio.sleep(2)
+    assert caplog.text.count("cannot be started") == 2  # after one second; the next is after two more
+
+
+async def test_a_slow_server_is_waited_for_but_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = Process(tmp_path, "stdio")
+    code = "import runpy, sys, time; time.sleep(0.5); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    async with running({**process.settings, "args": ["-c", code, *process.settings["args"]]}) as server:
+        monkeypatch.setattr(serve, "MCP_WAIT", 0.1)
+        assert await serve.server_tools([server], set()) == {} and server.status == "starting"
+        monkeypatch.setattr(serve, "MCP_WAIT", 10)
+        assert "capital" in await serve.server_tools([server], set())
+
+
+@pytest.mark.parametrize("text, said", [
+    ("{", "cannot be read"), ("[]", "Expected `object`"), ("{}", "`mcpServers`"),
+    ({"a": {}}, "'a' needs either a command or a url"), ({"a": {"command": "x", "url": "http://x"}}, "either"),
+    ({"a": {"command": ["x"]}}, "$.mcpServers[...].command"), ({"a b": {"command": "x"}}, "key"),
+    ({"a": {"url": "ftp://x"}}, "$.mcpServers[...].url"), (None, "cannot be read"),
+])
+def test_a_bad_configuration(text: str | dict | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = tmp_path / "mcp.json"
+    if text is not None:
+        file.write_text(text if isinstance(text, str) else json.dumps({"mcpServers": text}))
+    with pytest.raises(SystemExit):
+        serve.parse_command_line(["--mcp-config", str(file)])
+    assert said in capsys.readouterr().err
+
+
+def test_configuration(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = tmp_path / "mcp.json"
+    file.write_text(json.dumps({"mcpServers": {
+        "a-1": {"command": "x", "args": ["y"], "env": {"K": "V"}, "autoApprove": []},
+        "b": {"url": "https://x/mcp", "type": "http"}, "c": {"command": "z", "disabled": True}}}))
+    config = serve.parse_command_line(["--mcp-config", str(file), "--mcp-auto"])
+    assert config.mcp_config == {"a-1": serve.ToolServerSettings(command="x", args=["y"], env={"K": "V"}),
+                                 "b": serve.ToolServerSettings(url="https://x/mcp")}
+    with pytest.raises(SystemExit):
+        serve.parse_command_line(["--mcp-auto"])
+    assert "--mcp-auto needs --mcp-config" in capsys.readouterr().err
