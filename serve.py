@@ -3329,18 +3329,11 @@ async def chat_completions() -> Response:
     body.max_tokens = first_of(body.max_completion_tokens, body.max_tokens)
     engine = await app.models.get(body.model)
     sampling = sampling_params(body, engine.model, (body.top_logprobs or 0) if body.logprobs else None)
-    use, answer, kwargs = tool_use(body), constraint(body), template_kwargs(body, engine.model)
-    prompt = await trio.to_thread.run_sync(render_chat, engine.model, body.messages, bool(body.continue_final_message), kwargs,
-                                           use.offered, limiter=app.rendering)
-    form = answer_form(engine.model)
-    enforced = use.forced or (use.offered if answer else [])
-    if answer or enforced:
-        grammar = chat_grammar(engine.model, form, prompt, None if use.forced else answer, enforced, use.max_calls)
-        sampling = replace(sampling, grammar=await engine.grammars.compile(grammar))
-    template = response_template(form, live_calls(enforced) if enforced else form.calls if use.offered else {})
-    make_reader = functools.partial(Reader, template, prompt.opening, use.offered, use.max_calls > 1)
-    stream = engine.submit([prompt], sampling, body.n or 1)
-    found = deltas(stream, False, hidden_tokens(engine.model.tokenizer, template), make_reader if template else lambda: None)
+    use = tool_use(body.tools or [], body.tool_choice, body.parallel_tool_calls)
+    kwargs = template_kwargs(engine.model, body.reasoning_effort, body.chat_template_kwargs)
+    render = functools.partial(render_chat, engine.model, body.messages, bool(body.continue_final_message), kwargs, use.offered)
+    stream, found = await converse(engine, render, sampling, use, constraint(body.response_format, body.structured_outputs),
+                                   body.n or 1)
     chunks = chat_chunks(stream, found, body.include_usage)
     return event_stream(chunks) if body.stream else json_response(await fold_chat(chunks))
 
@@ -3354,9 +3347,27 @@ class ToolUse:
     max_calls: int
 
 
-def tool_use(body: ChatRequest) -> ToolUse:
-    """Return what a request's `tools` and `tool_choice` ask for. Raises APIError 400."""
-    tools, choice = body.tools or [], body.tool_choice
+async def converse(engine: Engine | AdaptedEngine, render: Callable[[], Prompt], sampling: SamplingParams, use: ToolUse,
+                   answer: tuple[str, dict[str, Any]] | None, n: int = 1) -> tuple[TokenStream, AsyncIterator[Delta]]:
+    """Put a conversation to a model: return the stream of n answers and the deltas, not yet in the queue, that it becomes.
+
+    `answer` is the field that says what the answer must look like, and its grammar. Raises APIError 400, 429.
+    """
+    prompt = await trio.to_thread.run_sync(render, limiter=app.rendering)
+    form = answer_form(engine.model)
+    enforced = use.forced or (use.offered if answer else [])
+    if answer or enforced:
+        grammar = chat_grammar(engine.model, form, prompt, None if use.forced else answer, enforced, use.max_calls)
+        sampling = replace(sampling, grammar=await engine.grammars.compile(grammar))
+    template = response_template(form, live_calls(enforced) if enforced else form.calls if use.offered else {})
+    make_reader = functools.partial(Reader, template, prompt.opening, use.offered, use.max_calls > 1)
+    stream = engine.submit([prompt], sampling, n)
+    hidden = hidden_tokens(engine.model.tokenizer, template)
+    return stream, deltas(stream, False, hidden, make_reader if template else lambda: None)
+
+
+def tool_use(tools: list[dict[str, Any]], choice: str | Tool | None, parallel: bool | None) -> ToolUse:
+    """Return what a request's tools and its choice of them ask for. Raises APIError 400."""
     try:
         names = [tool.function.name for tool in msgspec.convert(tools, list[Tool])]
     except msgspec.ValidationError as error:
@@ -3368,25 +3379,24 @@ def tool_use(body: ChatRequest) -> ToolUse:
     forced = [tool for tool, name in zip(tools, names) if choice == "required" or name == named]
     if choice not in (None, "auto", "none") and not forced:
         raise APIError(400, "tool_choice needs tools, and the tool that it names among them.", "invalid_value", "tool_choice")
-    max_calls = 1 if body.parallel_tool_calls is False or named else MAX_CALLS
+    max_calls = 1 if parallel is False or named else MAX_CALLS
     return ToolUse([] if choice == "none" else tools, forced, max_calls)
 
 
-def constraint(body: ChatRequest) -> tuple[str, dict[str, Any]] | None:
+def constraint(form: ResponseFormat | None, wanted: StructuredOutputs | None,
+               param: str = "response_format") -> tuple[str, dict[str, Any]] | None:
     """Return the field that says what the answer must look like, and its grammar. Raises APIError 400."""
-    wanted, given = body.structured_outputs, []
+    given = []
     if wanted is not None:
         kinds = [(name, getattr(wanted, name)) for name in wanted.__struct_fields__]
         given = [(f"structured_outputs.{kind}", kind, value) for kind, value in kinds if value is not None]
-    if body.response_format and body.response_format.type != "text":
-        schema = body.response_format.json_schema
-        if schema is None and body.response_format.type == "json_schema":
-            raise APIError(400, "The type json_schema needs a json_schema.", "invalid_value", "response_format.json_schema")
-        as_object = body.response_format.type == "json_object"
-        given.append(("response_format", "json", {"type": "object"} if as_object else schema.schema))
+    if form and form.type != "text":
+        if form.json_schema is None and form.type == "json_schema":
+            raise APIError(400, "The type json_schema needs a json_schema.", "invalid_value", f"{param}.json_schema")
+        given.append((param, "json", {"type": "object"} if form.type == "json_object" else form.json_schema.schema))
     if wanted is not None and len(given) != 1:
         raise APIError(400, "structured_outputs must have exactly one of json, regex, choice and grammar, and excludes "
-                       "response_format.", "invalid_value", "structured_outputs")
+                       f"{param}.", "invalid_value", "structured_outputs")
     if not given:
         return None
     [(param, kind, value)] = given
@@ -3407,19 +3417,19 @@ def chat_grammar(model: Model, form: AnswerForm, prompt: Prompt, answer: tuple[s
     return answer_grammar(rules, part, param, tools, max_calls)
 
 
-def template_kwargs(body: ChatRequest, model: Model) -> dict[str, Any]:
+def template_kwargs(model: Model, effort: str | None, given: dict[str, Any] | None,
+                    param: str = "reasoning_effort") -> dict[str, Any]:
     """Return the arguments of the chat template: the server's defaults, then the request's. Raises APIError 400."""
     kwargs = {} if app.settings.reasoning == "auto" else {"enable_thinking": app.settings.reasoning == "on"}
     kwargs |= app.settings.chat_template_kwargs or {}
-    effort, template = body.reasoning_effort, str(model.tokenizer.chat_template)
+    template = str(model.tokenizer.chat_template)
     if effort is not None and "reasoning_effort" in template:
         kwargs["reasoning_effort"] = effort
     elif effort == "none" and ("enable_thinking" in template or answer_form(model).markers is None):
         kwargs["enable_thinking"] = False
     elif effort is not None:
-        raise APIError(400, f"reasoning_effort {effort!r} is not supported by this model.", "unsupported_parameter",
-                       "reasoning_effort")
-    return kwargs | (body.chat_template_kwargs or {})
+        raise APIError(400, f"{param} {effort!r} is not supported by this model.", "unsupported_parameter", param)
+    return kwargs | (given or {})
 
 
 async def chat_chunks(stream: TokenStream, found: AsyncIterator[Delta],
