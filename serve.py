@@ -54,7 +54,7 @@ import warnings
 import zipfile
 from array import array
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -3071,6 +3071,7 @@ def first_of(*values: Any) -> Any:
 MCP_WAIT = 10.0  # seconds that a request waits for servers that are starting
 MCP_CONNECT = 60.0  # seconds to start and to tell its tools: a server may have to be downloaded first
 MCP_LOOK = 30.0  # seconds between two looks at a server's tools, which show that it lives
+MAX_SERVER_CALLS = 32  # of tools that are run here, in one answer
 MAX_MCP_MESSAGE = 16 << 20  # bytes of an event that comes over HTTP
 
 
@@ -3247,10 +3248,11 @@ async def server_tools(servers: Iterable[ToolServer], taken: set[str]) -> dict[s
     tools: dict[str, ServerTool] = {}
     for server in servers:
         for tool in server.tools:
-            name = re.sub(r"[^a-zA-Z0-9_-]", "_", tool.name)
-            name = f"{server.label}__{name}" if name in taken or name in tools else name
-            function = {"name": name, "description": tool.description or "", "parameters": tool.input_schema}
-            tools[name] = ServerTool(server, tool.name, {"type": "function", "function": function})
+            plain = re.sub(r"[^a-zA-Z0-9_-]", "_", tool.name)
+            free = (name[:64] for name in (plain, f"{server.label}__{plain}") if name[:64] not in taken | tools.keys())
+            if name := next(free, None):  # the third of a name is left out
+                function = {"name": name, "description": tool.description or "", "parameters": tool.input_schema}
+                tools[name] = ServerTool(server, tool.name, {"type": "function", "function": function})
     return tools
 
 
@@ -3329,13 +3331,26 @@ async def chat_completions() -> Response:
     body.max_tokens = first_of(body.max_completion_tokens, body.max_tokens)
     engine = await app.models.get(body.model)
     sampling = sampling_params(body, engine.model, (body.top_logprobs or 0) if body.logprobs else None)
-    use = tool_use(body.tools or [], body.tool_choice, body.parallel_tool_calls)
+    answer = constraint(body.response_format, body.structured_outputs)
     kwargs = template_kwargs(engine.model, body.reasoning_effort, body.chat_template_kwargs)
-    render = functools.partial(render_chat, engine.model, body.messages, bool(body.continue_final_message), kwargs, use.offered)
-    stream, found = await converse(engine, render, sampling, use, constraint(body.response_format, body.structured_outputs),
-                                   body.n or 1)
-    chunks = chat_chunks(stream, found, body.include_usage)
+    tools = await own_tools(body)
+    use = tool_use([*(body.tools or []), *(tool.definition for tool in tools.values())], body.tool_choice,
+                   body.parallel_tool_calls)
+
+    async def ask(messages: list[dict[str, Any]], sampling: SamplingParams, use: ToolUse) -> Turn:
+        render = functools.partial(render_chat, engine.model, messages, bool(body.continue_final_message), kwargs, use.offered)
+        return await converse(engine, render, sampling, use, answer, body.n or 1)
+
+    streams, found = await take_turns(ask, body.messages, sampling, use, tools)
+    chunks = chat_chunks(streams, without_calls(found, tools) if tools else found, body.include_usage)
     return event_stream(chunks) if body.stream else json_response(await fold_chat(chunks))
+
+
+async def own_tools(body: ChatRequest) -> dict[str, ServerTool]:
+    """Return the tools to run inside a chat completion, by name: there are none where an answer has no next turn."""
+    if not app.settings.mcp_auto or body.tool_choice == "none" or (body.n or 1) > 1 or body.continue_final_message:
+        return {}
+    return await server_tools(app.tool_servers.values(), set(tool_names(body.tools or [])))
 
 
 @dataclass(frozen=True, slots=True)
@@ -3347,8 +3362,11 @@ class ToolUse:
     max_calls: int
 
 
+Turn = tuple[TokenStream, AsyncIterator[Delta]]
+
+
 async def converse(engine: Engine | AdaptedEngine, render: Callable[[], Prompt], sampling: SamplingParams, use: ToolUse,
-                   answer: tuple[str, dict[str, Any]] | None, n: int = 1) -> tuple[TokenStream, AsyncIterator[Delta]]:
+                   answer: tuple[str, dict[str, Any]] | None, n: int = 1) -> Turn:
     """Put a conversation to a model: return the stream of n answers and the deltas, not yet in the queue, that it becomes.
 
     `answer` is the field that says what the answer must look like, and its grammar. Raises APIError 400, 429.
@@ -3366,8 +3384,74 @@ async def converse(engine: Engine | AdaptedEngine, render: Callable[[], Prompt],
     return stream, deltas(stream, False, hidden, make_reader if template else lambda: None)
 
 
-def tool_use(tools: list[dict[str, Any]], choice: str | Tool | None, parallel: bool | None) -> ToolUse:
-    """Return what a request's tools and its choice of them ask for. Raises APIError 400."""
+@dataclass(frozen=True, slots=True)
+class Called:
+    """A call that was run here between two turns of the model."""
+
+    call: int  # which of its turn's
+    result: CallResult
+
+
+async def take_turns(ask: Callable[[list[dict[str, Any]], SamplingParams, ToolUse], Awaitable[Turn]],
+                     messages: list[dict[str, Any]], sampling: SamplingParams, use: ToolUse, tools: dict[str, ServerTool],
+                     max_calls: int = MAX_SERVER_CALLS) -> tuple[list[TokenStream], AsyncIterator[Delta | Called]]:
+    """Ask the model, and go on for as long as it calls nothing but `tools`: these are run here, and it is asked again.
+
+    Returns the turns' streams, to which the later ones are added, and what comes of all turns. Only the first is bound to
+    call a tool. There is one answer, unless there are no `tools`. Raises APIError 400, 429 for the first turn.
+    """
+    stream, found = await ask(messages, sampling, use)
+    streams = [stream]
+    return streams, turns(ask, messages, sampling, use, tools, max_calls, streams, found) if tools else found
+
+
+async def turns(ask: Callable[..., Awaitable[Turn]], messages: list[dict[str, Any]], sampling: SamplingParams, use: ToolUse,
+                tools: dict[str, ServerTool], max_calls: int, streams: list[TokenStream],
+                found: AsyncIterator[Delta]) -> AsyncIterator[Delta | Called]:
+    """Yield the deltas of turn after turn, and the calls between them; of finish reasons, the last turn's only."""
+    while True:
+        said: dict[str, Any] = {"role": "assistant", "content": ""}
+        async with aclosing(found):
+            async for part in found:
+                fold_message(said, message_delta(part.pieces))
+                calls, reason = said.get("tool_calls", ()), part.finish_reason
+                if sampling.max_tokens is not None:
+                    sampling = replace(sampling, max_tokens=sampling.max_tokens - part.num_tokens)
+                if again := reason == "tool_calls" and all(call["function"]["name"] in tools for call in calls):
+                    again, reason = sampling.max_tokens != 0, None if sampling.max_tokens != 0 else "length"
+                yield replace(part, finish_reason=reason)
+        if not again:
+            return
+        messages = [*messages, {**said, "tool_calls": calls[:max_calls]}]
+        for i, call in enumerate(calls[:max_calls]):
+            tool = tools[call["function"]["name"]]
+            result = await tool.server.call(tool.name, call["function"]["arguments"])
+            messages.append({"role": "tool", "tool_call_id": call["id"], "content": result.text})
+            yield Called(i, result)
+        max_calls -= len(calls[:max_calls])
+        offered = [tool for tool in use.offered if max_calls or tool["function"]["name"] not in tools]
+        use = replace(use, offered=offered, forced=[])
+        stream, found = await ask(messages, sampling, use)
+        streams.append(stream)
+
+
+async def without_calls(found: AsyncIterator[Delta | Called], tools: dict[str, ServerTool]) -> AsyncIterator[Delta]:
+    """Yield the deltas without what was run here, or might have been: a client sees the calls of its own tools only."""
+    numbers: dict[int, int] = {}
+    async with aclosing(found):
+        async for part in found:
+            if isinstance(part, Called):
+                continue
+            for piece in part.pieces:
+                if piece.kind == "call" and piece.text not in tools:
+                    numbers[piece.call] = len(numbers)
+            yield replace(part, pieces=tuple(
+                replace(piece, call=numbers.get(piece.call, 0)) for piece in part.pieces
+                if piece.kind in ("content", "reasoning") or piece.call in numbers))
+
+
+def tool_names(tools: list[dict[str, Any]]) -> list[str]:
+    """Return the names of tools. Raises APIError 400."""
     try:
         names = [tool.function.name for tool in msgspec.convert(tools, list[Tool])]
     except msgspec.ValidationError as error:
@@ -3375,6 +3459,12 @@ def tool_use(tools: list[dict[str, Any]], choice: str | Tool | None, parallel: b
         raise APIError(400, f"tools: {error}", "invalid_value", "tools" + (where[1] if where else "")) from None
     if len(set(names)) < len(names):
         raise APIError(400, "The names of tools must differ.", "invalid_value", "tools")
+    return names
+
+
+def tool_use(tools: list[dict[str, Any]], choice: str | Tool | None, parallel: bool | None) -> ToolUse:
+    """Return what a request's tools and its choice of them ask for. Raises APIError 400."""
+    names = tool_names(tools)
     named = choice.function.name if isinstance(choice, Tool) else None
     forced = [tool for tool, name in zip(tools, names) if choice == "required" or name == named]
     if choice not in (None, "auto", "none") and not forced:
@@ -3432,13 +3522,13 @@ def template_kwargs(model: Model, effort: str | None, given: dict[str, Any] | No
     return kwargs | (given or {})
 
 
-async def chat_chunks(stream: TokenStream, found: AsyncIterator[Delta],
+async def chat_chunks(streams: list[TokenStream], found: AsyncIterator[Delta],
                       include_usage: bool) -> AsyncIterator[dict[str, Any]]:
     """Yield the chunks of a chat completion, at last the usage if wanted."""
-    model = stream.engine.model
+    model, sequences = streams[0].engine.model, streams[0].sequences
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion.chunk", "created": int(time.time()),
             "model": app.models.public_id(model.id)}
-    role, completion_tokens = {seq.index: {"role": "assistant"} for seq in stream.sequences}, 0
+    role, completion_tokens = {seq.index: {"role": "assistant"} for seq in sequences}, 0
 
     def chunk(index: int, content: dict[str, Any], finish_reason: str | None, logprobs: dict | None) -> dict[str, Any]:
         choice = {"index": index, "delta": content, "logprobs": logprobs, "finish_reason": finish_reason}
@@ -3448,18 +3538,18 @@ async def chat_chunks(stream: TokenStream, found: AsyncIterator[Delta],
         async for part in found:
             completion_tokens += part.num_tokens
             logprobs = None
-            if stream.sequences[part.index].sampling.logprobs is not None and part.tokens:
+            if sequences[part.index].sampling.logprobs is not None and part.tokens:
                 logprobs = {"content": [logprob_entry(model, token) for token in part.tokens], "refusal": None}
             # None is sent while text is held back: clients that wait for a call give up after a first chunk without one.
             if part.pieces or logprobs or part.index in role and part.finish_reason:
-                if len(role) == len(stream.sequences) > 1:  # the SDK's streaming helper wants to see the choices in order
+                if len(role) == len(sequences) > 1:  # the SDK's streaming helper wants to see the choices in order
                     for index in list(role):
                         yield chunk(index, {**role.pop(index), "content": ""}, None, None)
                 yield chunk(part.index, {**role.pop(part.index, {}), **message_delta(part.pieces)}, None, logprobs)
             if part.finish_reason:
                 yield chunk(part.index, {}, part.finish_reason, None)
     if include_usage:
-        yield {**head, "choices": [], "usage": usage(stream, completion_tokens)}
+        yield {**head, "choices": [], "usage": usage(streams, completion_tokens)}
 
 
 def message_delta(pieces: tuple[Piece, ...]) -> dict[str, Any]:
@@ -3478,9 +3568,9 @@ def message_delta(pieces: tuple[Piece, ...]) -> dict[str, Any]:
     return content | reasoning | ({"tool_calls": list(calls.values())} if calls else {})
 
 
-def usage(stream: TokenStream, completion_tokens: int) -> dict[str, Any]:
+def usage(streams: list[TokenStream], completion_tokens: int) -> dict[str, Any]:
     """Return the token counts of a request; `n` answers to one prompt read it once."""
-    prompts = [seq for seq in stream.sequences if seq.index % stream.n == 0]
+    prompts = [seq for stream in streams for seq in stream.sequences if seq.index % stream.n == 0]
     prompt_tokens = sum(seq.num_prompt_tokens for seq in prompts)
     return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
@@ -3685,7 +3775,7 @@ async def completion_chunks(stream: TokenStream, echoes: list[str | list[int]], 
                 choice = {"index": seq.index, "text": text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
                 yield {**head, "choices": [choice]}
     if include_usage:
-        yield {**head, "choices": [], "usage": usage(stream, completion_tokens)}
+        yield {**head, "choices": [], "usage": usage([stream], completion_tokens)}
 
 
 async def fold_completion(chunks: AsyncIterator[dict[str, Any]]) -> dict[str, Any]:

@@ -12,10 +12,11 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import httpx2 as httpx
 import pytest
 import serve
 import trio
-from conftest import ROOT
+from conftest import QUESTION, ROOT, ServerProcess, ask, http, start_server, stream
 
 TOOL_SERVER = str(ROOT / "tests" / "tool_server.py")
 
@@ -26,8 +27,8 @@ class Process:
     def __init__(self, folder: Path, transport: str) -> None:
         self.events = folder / f"{transport}.events"
         self.events.touch()
-        if transport == "stdio":
-            self.settings = {"command": sys.executable, "args": [TOOL_SERVER, str(self.events), "stdio"]}
+        if transport != "http":
+            self.settings = {"command": sys.executable, "args": [TOOL_SERVER, str(self.events), transport]}
             return
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
@@ -217,3 +218,165 @@ def test_configuration(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         serve.parse_command_line(["--mcp-auto"])
     assert "--mcp-auto needs --mcp-config" in capsys.readouterr().err
+
+
+class Local:
+    """The built-in model in a process of its own, with a tool server behind it over each transport."""
+
+    def __init__(self, server: ServerProcess, processes: dict[str, Process]) -> None:
+        self.server, self.processes = server, processes
+        self.url = server.url
+
+    def definitions(self) -> list[dict]:
+        """Return the tools that are offered, as a client would write them."""
+        taken, tools = set(), []
+        for server in http.get(self.url + "/v1/mcp/servers").json()["data"]:
+            for tool in server["tools"]:
+                name = f"{server['name']}__{tool['name']}" if tool["name"] in taken else tool["name"]
+                taken.add(name)
+                tools.append({"type": "function", "function": {
+                    "name": name, "description": tool["description"], "parameters": tool["input_schema"]}})
+        return tools
+
+
+@pytest.fixture(scope="module")
+def local(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
+    folder = tmp_path_factory.mktemp("server")
+    processes = {transport: Process(folder, transport) for transport in ("stdio", "http")}
+    config = {"mcpServers": {name: process.settings for name, process in processes.items()}}
+    (folder / "mcp.json").write_text(json.dumps(config))
+    with start_server(folder, "--mcp-config", str(folder / "mcp.json"), "--mcp-auto", "--mcp-timeout", "2",
+                      "--mcp-max-result", "500") as server:
+        yield Local(server, processes)
+    for process in processes.values():
+        process.stop()
+
+
+def named(name: str) -> dict:
+    return {"type": "function", "function": {"name": name}}
+
+
+def test_servers_are_listed(local: Local) -> None:
+    listed = http.get(local.url + "/v1/mcp/servers").json()
+    assert listed["object"] == "list" and [server["name"] for server in listed["data"]] == ["stdio", "http"]
+    for server in listed["data"]:
+        assert server["status"] == "ready" and server["error"] is None
+        assert {"name": "fail", "description": "Raise.", "input_schema": {
+            "type": "object", "properties": {}, "title": "failArguments"}} in server["tools"]
+
+
+@pytest.mark.parametrize("name, transport", [("capital", "stdio"), ("http__capital", "http")])
+def test_a_chat_runs_a_tool(local: Local, name: str, transport: str) -> None:
+    """The answer is that to the conversation which a client would have sent that had run the tool itself."""
+    fields = {"tool_choice": named(name), "max_tokens": 60, "temperature": 0}
+    answer = ask(local, **fields).json()
+    called = local.processes[transport].noted[-2]
+    assert called in ("capital France", "capital Italy")
+    country = called.removeprefix("capital ")
+    call = {"id": "call_1", "type": "function", "function": {
+        "name": name, "arguments": json.dumps({"country": country})}}
+    history = [*QUESTION, {"role": "assistant", "content": None, "tool_calls": [call]},
+               {"role": "tool", "tool_call_id": "call_1", "content": {"France": "Paris", "Italy": "Rome"}[country]}]
+    tools = local.definitions()
+    # Of two answers neither has a next turn: nothing is run here.
+    first = ask(local, **{**fields, "tools": tools, "n": 2}).json()
+    assert [json.loads(choice["message"]["tool_calls"][0]["function"]["arguments"]) for choice in first["choices"]] == [
+        {"country": country}] * 2
+    spent = first["usage"]["completion_tokens"] // 2
+    expected = ask(local, messages=history, tools=tools, n=2, max_tokens=60 - spent, temperature=0).json()
+    [choice] = answer["choices"]
+    assert choice["message"] == expected["choices"][0]["message"] and "tool_calls" not in choice["message"]
+    assert choice["finish_reason"] == expected["choices"][0]["finish_reason"]
+    assert answer["usage"]["prompt_tokens"] == first["usage"]["prompt_tokens"] + expected["usage"]["prompt_tokens"]
+    assert answer["usage"]["completion_tokens"] == spent + expected["usage"]["completion_tokens"] // 2
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] > first["usage"]["prompt_tokens"] // 2
+
+    *chunks, last = stream(local, **fields, stream_options={"include_usage": True})
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert "".join(delta.get("content", "") for delta in deltas) == choice["message"]["content"]
+    assert [i for i, delta in enumerate(deltas) if "role" in delta] == [0]
+    assert not any("tool_calls" in delta for delta in deltas)
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks if chunk["choices"][0]["finish_reason"]] == [
+        choice["finish_reason"]]
+    assert {key: last["usage"][key] for key in ("prompt_tokens", "completion_tokens")} == {
+        key: answer["usage"][key] for key in ("prompt_tokens", "completion_tokens")}
+
+
+@pytest.mark.parametrize("name", ["fail", "hang", "megabyte", "http__die", "die"])
+def test_whatever_a_tool_does_there_is_an_answer(local: Local, name: str) -> None:
+    process = local.processes["http" if name.startswith("http") else "stdio"]
+    response = ask(local, tool_choice=named(name), max_tokens=40)
+    assert response.status_code == 200, response.text
+    [choice] = response.json()["choices"]
+    assert choice["message"]["content"] and choice["finish_reason"] in ("stop", "length")
+    assert name != "hang" or process.noted[-2] == "hang ended"
+    if name == "http__die":
+        process.start()
+    deadline = time.monotonic() + 10
+    while any(server["status"] != "ready" for server in http.get(local.url + "/v1/mcp/servers").json()["data"]):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_call_of_the_clients_own_tool_is_the_clients(local: Local) -> None:
+    own = {"type": "function", "function": {"name": "capital", "parameters": {"type": "object", "properties": {
+        "city": {"enum": ["Oslo"]}}, "required": ["city"]}}}
+    before = local.processes["stdio"].noted
+    [choice] = ask(local, tools=[own], tool_choice=named("capital"), max_tokens=60).json()["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["tool_calls"][0]["function"] == {"name": "capital", "arguments": '{"city": "Oslo"}'}
+    assert local.processes["stdio"].noted == before
+    assert ask(local, tools=[own], tool_choice=named("stdio__capital"), max_tokens=60).status_code == 200
+    assert local.processes["stdio"].noted != before
+
+
+def test_tools_stay_out_where_they_are_not_wanted(local: Local) -> None:
+    plain = ask(local, tool_choice="none", max_tokens=8).json()
+    assert plain["usage"]["prompt_tokens"] < 60 < ask(local, max_tokens=8).json()["usage"]["prompt_tokens"]
+    assert ask(local, n=2, max_tokens=8).json()["usage"]["prompt_tokens"] == plain["usage"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_client_that_leaves_cancels_the_call(local: Local, streamed: bool) -> None:
+    process = local.processes["http" if streamed else "stdio"]
+    before = process.noted.count("hang ended")
+    with pytest.raises(httpx.ReadTimeout):
+        http.post(local.url + "/v1/chat/completions", timeout=0.8, json={
+            "messages": QUESTION, "stream": streamed, "tool_choice": named("http__hang" if streamed else "hang")})
+    deadline = time.monotonic() + 1  # the call itself would be given up later
+    while process.noted.count("hang ended") == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_what_the_client_sees_of_calls() -> None:
+    async def found() -> AsyncIterator[serve.Delta | serve.Called]:
+        def part(*pieces: serve.Piece) -> serve.Delta:
+            return serve.Delta(0, "", [], 1, None, [], pieces)
+
+        yield part(serve.Piece("content", "a"), serve.Piece("call", "mine", 0), serve.Piece("arguments", "{}", 0))
+        yield serve.Called(0, serve.CallResult("x", False))
+        yield part(serve.Piece("call", "mine", 0), serve.Piece("arguments", "{1", 0), serve.Piece("call", "yours", 1))
+        yield part(serve.Piece("arguments", "{2", 1), serve.Piece("reasoning", "b"))
+
+    async def collect() -> list[tuple]:
+        return [part.pieces async for part in serve.without_calls(found(), {"mine": None})]
+
+    assert trio.run(collect) == [(serve.Piece("content", "a"),), (serve.Piece("call", "yours", 0),),
+                                 (serve.Piece("arguments", "{2", 0), serve.Piece("reasoning", "b"))]
+
+
+def test_no_tool_server_outlives_the_process(checkpoint: Path, tiny: Path, tmp_path: Path) -> None:
+    for end, transport in ((signal.SIGKILL, "stdio"), (signal.SIGTERM, "stubborn")):
+        process = Process(tmp_path, transport)
+        (tmp_path / "mcp.json").write_text(json.dumps({"mcpServers": {"a": process.settings}}))
+        with start_server(tmp_path, str(tiny), "--mcp-config", str(tmp_path / "mcp.json"), ready=False) as server:
+            while not any(event.startswith("start") for event in process.noted):
+                time.sleep(0.05)
+            os.kill(process.pid, 0)
+            server.process.send_signal(end)
+            server.process.wait(10)
+        deadline = time.monotonic() + 3
+        while os.path.exists(f"/proc/{process.pid}"):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)

@@ -1,5 +1,6 @@
-"""An MCP server to test with: `tool_server.py EVENTS stdio`, or `… http PORT`. What happens to it is appended to EVENTS."""
+"""An MCP server to test with: `tool_server.py EVENTS stdio` (or stubborn, or http PORT); it appends to EVENTS what happens."""
 import os
+import signal
 import sys
 from typing import Literal
 
@@ -65,5 +66,9 @@ if __name__ == "__main__":
     print("the tool server \x1b[31mspeaks", file=sys.stderr, flush=True)
     if sys.argv[2] == "stdio":
         server.run()
+    elif sys.argv[2] == "stubborn":  # it does not take leave
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        server.run()
+        signal.pause()
     else:
         server.run("streamable-http", host="127.0.0.1", port=int(sys.argv[3]))
