@@ -16,12 +16,13 @@ The life of a request, top to bottom of this file and back:
 
 Contents: Configuration · Paged KV cache · Sequences · Scheduler · Model · Runner · Fusion · Sampling · Structured output ·
 Engine · Model pool · Prompts · Deltas · HTTP · Sampling fields · MCP tools · Chat completions · Completions ·
-Models and health · Main.
+Responses · Models and health · Main.
 Each banner is the name of its test file.
 """
 from __future__ import annotations
 
 import argparse
+import bisect
 import codecs
 import copy
 import ctypes
@@ -2915,15 +2916,18 @@ def refuse(body: msgspec.Struct, refused: dict[str, tuple]) -> None:
             raise APIError(400, f"{name} is not supported here.", "unsupported_parameter", name)
 
 
-def event_stream(events: AsyncIterator[dict[str, Any]], end: bytes = b"data: [DONE]\n\n") -> Response:
-    """Send each dict as a server-sent event, in one write, then the end; a client that leaves closes the iterator."""
+def event_stream(events: AsyncIterator[dict[str, Any] | bytes], end: bytes = b"data: [DONE]\n\n") -> Response:
+    """Send each dict as a server-sent event, or bytes that are one, in one write, then the end.
+
+    A client that leaves closes the iterator.
+    """
     where = f"{request.method} {request.path!r}"
 
     async def body() -> AsyncIterator[bytes]:
         async with aclosing(events):
             try:
                 async for event in events:
-                    yield b"data: " + encode(event) + b"\n\n"
+                    yield event if isinstance(event, bytes) else b"data: " + encode(event) + b"\n\n"
                 yield end
             except Exception as error:  # the status is sent already: what is left is to say so in the stream
                 yield b"data: " + encode(error_body(for_client(error, where))) + b"\n\n"
@@ -3843,6 +3847,390 @@ async def tokenizer_info() -> Response:
     tokenizer = (await app.models.get(request.args.get("model"))).model.tokenizer
     names = ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template")
     return json_response({"tokenizer_class": type(tokenizer).__name__, **{name: getattr(tokenizer, name) for name in names}})
+
+
+# ── Responses ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# POST /v1/responses, and what is kept of them: items become messages, deltas become events, the answer is the last event's.
+
+RESPONSE_REFUSED = REFUSED | {
+    "n": (1,), "max_tokens": (), "max_completion_tokens": (), "prompt": (), "conversation": (), "moderation": (),
+    "context_management": ([],), "background_options": (), "access_programs": (), "image": (), "chat_template": (),
+}
+ResponseRefused = msgspec.defstruct("ResponseRefused", [(name, Any, None) for name in RESPONSE_REFUSED],
+                                    bases=(SamplingFields,), kw_only=True)
+LOGPROBS = "message.output_text.logprobs"
+UNFINISHED = ("queued", "in_progress")
+
+
+class ResponseStreamOptions(StreamOptions):
+    include_obfuscation: Literal[False] | None = None
+
+
+class TextFormat(msgspec.Struct, omit_defaults=True):
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    schema: dict[str, Any] | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class TextOptions(msgspec.Struct):
+    format: TextFormat | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+
+
+class ReasoningOptions(msgspec.Struct):
+    effort: str | None = None
+    summary: Literal["auto"] | None = None  # there is none: the reasoning itself is shown
+    generate_summary: Literal["auto"] | None = None
+    context: Literal["auto"] | None = None
+    mode: Literal["standard"] | None = None
+
+
+class ChosenFunction(msgspec.Struct, tag_field="type", tag="function"):
+    name: str
+
+
+class AllowedTools(msgspec.Struct, tag_field="type", tag="allowed_tools"):
+    mode: Literal["auto", "required"]
+    tools: list[ChosenFunction]
+
+
+class ResponseRequest(ResponseRefused, kw_only=True):
+    """https://platform.openai.com/docs/api-reference/responses/create, and what vLLM and transformers add to it."""
+
+    input: str | list[dict[str, Any]]
+    instructions: str | None = None
+    stream_options: ResponseStreamOptions | None = None
+    max_output_tokens: Annotated[int, Meta(ge=1)] | None = None
+    max_tool_calls: Annotated[int, Meta(ge=1)] | None = None
+    tools: Annotated[list[dict[str, Any]], Meta(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenFunction | AllowedTools | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextOptions | None = None
+    reasoning: ReasoningOptions | None = None
+    include: list[Literal["message.output_text.logprobs", "message.input_image.image_url"]] | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    previous_response_id: str | None = None
+    store: bool | None = None
+    background: bool | None = None
+    metadata: Annotated[dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]],
+                        Meta(max_length=16)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    user: str | None = None
+
+
+@app.post("/v1/responses")
+async def create_response() -> Response:
+    """Answer a conversation, whose beginning may be what earlier responses were kept of."""
+    body = await read_body(ResponseRequest)
+    refuse(body, RESPONSE_REFUSED)
+    body.max_tokens = body.max_output_tokens
+    logprobs = LOGPROBS in (body.include or ())
+    if body.top_logprobs and not logprobs:
+        raise APIError(400, f"top_logprobs needs {LOGPROBS!r} in include.", "invalid_value", "top_logprobs")
+    engine = await app.models.get(body.model)
+    sampling = sampling_params(body, engine.model, (body.top_logprobs or 0) if logprobs else None)
+    response = new_response(body, engine.model, sampling)
+    items = read_input(body.input, response["id"])
+    messages = read_items(items, body.instructions)
+    use = response_tools(body)
+    kwargs = template_kwargs(engine.model, body.reasoning and body.reasoning.effort, body.chat_template_kwargs,
+                             "reasoning.effort")
+    render = functools.partial(render_chat, engine.model, continue_final=False, kwargs=kwargs, tools=use.offered)
+    if body.truncation == "auto":
+        render = functools.partial(render_fitting, render, engine.max_len, body.instructions is not None)
+    stream, found = await converse(engine, functools.partial(render, messages), sampling, use, text_format(body.text))
+    events = told(response, response_events(response, stream, found))
+    if body.stream:
+        return event_stream(events, end=b"")
+    async with aclosing(events):
+        async for _ in events:
+            pass
+    return json_response(response)
+
+
+def new_response(body: ResponseRequest, model: Model, sampling: SamplingParams) -> dict[str, Any]:
+    """Return the response to a request as it is at first."""
+    text, reasoning = body.text or TextOptions(), body.reasoning or ReasoningOptions()
+    return {
+        "id": f"resp_{uuid.uuid4().hex}", "object": "response", "created_at": int(time.time()), "completed_at": None,
+        "status": "queued" if body.background else "in_progress", "background": bool(body.background), "error": None,
+        "incomplete_details": None, "model": app.models.public_id(model.id), "output": [], "usage": None,
+        "instructions": body.instructions, "previous_response_id": body.previous_response_id,
+        "store": body.store is not False, "metadata": body.metadata or {}, "user": body.user,
+        "safety_identifier": body.safety_identifier, "prompt_cache_key": body.prompt_cache_key, "service_tier": "default",
+        "tools": body.tools or [], "tool_choice": msgspec.to_builtins(body.tool_choice or "auto"),
+        "parallel_tool_calls": body.parallel_tool_calls is not False, "max_tool_calls": body.max_tool_calls,
+        "text": {"format": msgspec.to_builtins(text.format or TextFormat("text")), "verbosity": text.verbosity or "medium"},
+        "reasoning": {"effort": reasoning.effort, "summary": reasoning.summary},
+        "truncation": body.truncation or "disabled", "max_output_tokens": body.max_output_tokens,
+        "top_logprobs": body.top_logprobs or 0, "temperature": sampling.temperature, "top_p": sampling.top_p,
+        "presence_penalty": sampling.presence_penalty, "frequency_penalty": sampling.frequency_penalty,
+    }
+
+
+class MessageItem(msgspec.Struct, tag_field="type", tag="message"):
+    role: Literal["user", "assistant", "system", "developer"]
+    content: str | list[dict[str, Any]]
+
+
+class ReasoningText(msgspec.Struct):
+    text: str
+
+
+class ReasoningItem(msgspec.Struct, tag_field="type", tag="reasoning"):
+    content: list[ReasoningText] | None = None
+    summary: list[ReasoningText] | None = None
+    encrypted_content: None = None
+
+
+class FunctionCallItem(msgspec.Struct, tag_field="type", tag="function_call"):
+    call_id: str
+    name: str
+    arguments: str
+
+
+class FunctionOutputItem(msgspec.Struct, tag_field="type", tag="function_call_output"):
+    call_id: str
+    output: str | list[dict[str, Any]]
+
+
+Item = MessageItem | ReasoningItem | FunctionCallItem | FunctionOutputItem
+ITEM_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco"}
+
+
+def item_id(kind: str, response_id: str, place: str | int) -> str:
+    """Return the id of a response's item, which tells whose it is."""
+    return f"{ITEM_PREFIXES.get(kind, kind)}_{response_id.partition('_')[2]}_{place}"
+
+
+def read_input(given: str | list[dict[str, Any]], response_id: str) -> list[dict[str, Any]]:
+    """Return a request's input as whole items: with a type, an id, and content in parts."""
+    items: list[dict[str, Any]] = []
+    bare = False  # content parts outside of any message, as transformers' examples have them, are the user's
+    for item in [{"role": "user", "content": given}] if isinstance(given, str) else given:
+        was_bare, bare = bare, "role" not in item and str(item.get("type")).endswith(("_text", "_image", "_audio", "_url"))
+        if bare and was_bare:
+            items[-1]["content"].append(item)
+            continue
+        item = {"role": "user", "content": [item]} if bare else dict(item)
+        kind = item.setdefault("type", "message")
+        if kind == "message" and isinstance(item.get("content"), str):
+            own = item.get("role") == "assistant"
+            part = {"type": "output_text", "annotations": []} if own else {"type": "input_text"}
+            item["content"] = [{**part, "text": item["content"]}]
+        own_id = item["id"] if isinstance(item.get("id"), str) else item_id(kind, response_id, f"i{len(items)}")
+        items.append({"status": "completed", **item, "id": own_id})
+    if not items:
+        raise APIError(400, "input must not be empty.", "invalid_value", "input")
+    return items
+
+
+def read_items(items: list[dict[str, Any]], instructions: str | None) -> list[dict[str, Any]]:
+    """Return items as the messages of a chat. Raises APIError 400."""
+    try:
+        read = msgspec.convert(items, list[Item])
+    except msgspec.ValidationError as error:
+        where = re.search(r"`\$(.*)`$", str(error))
+        raise APIError(400, f"input: {error}", "invalid_value", "input" + (where[1] if where else "")) from None
+    messages = [] if instructions is None else [{"role": "system", "content": instructions}]
+    calls = {item.call_id for item in read if isinstance(item, FunctionCallItem)}
+    for item in read:
+        match item:
+            case MessageItem("assistant", content):
+                say(messages, "content", chat_parts(content))
+            case MessageItem(role, content):
+                messages.append({"role": role, "content": chat_parts(content)})
+            case ReasoningItem(content, summary):
+                say(messages, "reasoning_content", "".join(part.text for part in content or summary or ()))
+            case FunctionCallItem(call_id, name, arguments):
+                say(messages, "tool_calls", [{"id": call_id.removeprefix("call_"), "type": "function",
+                                              "function": {"name": name, "arguments": arguments}}])
+            case FunctionOutputItem(call_id, output):
+                if call_id not in calls:
+                    raise APIError(400, f"No function call has the call_id {call_id!r}.", "invalid_value", "input")
+                messages.append({"role": "tool", "tool_call_id": call_id.removeprefix("call_"), "content": chat_parts(output)})
+    return messages
+
+
+SAID = ("reasoning_content", "content", "tool_calls")  # in one turn of the assistant's, and in this order
+
+
+def say(messages: list[dict[str, Any]], field: str, value: Any) -> None:
+    """Add to what the assistant said last, or begin a turn if that has got further already."""
+    last = messages[-1] if messages else {"role": None}
+    later = SAID[SAID.index(field) + (field == "tool_calls"):]
+    if last["role"] != "assistant" or any(name in last for name in later):
+        messages.append(last := {"role": "assistant"})
+    last[field] = last.get(field, []) + value if field == "tool_calls" else value
+
+
+def chat_parts(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """Return content with its images as chat completions spell them. Raises APIError 400."""
+    if isinstance(content, str):
+        return content
+    if any(part.get("file_id") is not None for part in content):
+        raise APIError(400, "file_id is not supported here: there are no files.", "unsupported_parameter", "input")
+    return [{"type": "image_url", "image_url": {"url": part.get("image_url"), "detail": part.get("detail") or "auto"}}
+            if part.get("type") == "input_image" else part for part in content]
+
+
+def response_tools(body: ResponseRequest) -> ToolUse:
+    """Return what a request's tools and its choice of them ask for. Raises APIError 400."""
+    choice = body.tool_choice
+    tools = [{"type": tool.get("type"), "function": {name: value for name, value in tool.items() if name != "type"}}
+             for tool in body.tools or ()]
+    if isinstance(choice, AllowedTools):
+        allowed = [tool.name for tool in choice.tools]
+        tools = [tool for tool in tools if tool["function"].get("name") in allowed]
+        choice = choice.mode
+    if isinstance(choice, ChosenFunction):
+        choice = msgspec.convert({"type": "function", "function": {"name": choice.name}}, Tool)
+    return tool_use(tools, choice, body.parallel_tool_calls)
+
+
+def text_format(text: TextOptions | None) -> tuple[str, dict[str, Any]] | None:
+    """Return what the answer must look like. Raises APIError 400."""
+    form = text and text.format
+    if form and form.type == "json_schema" and (form.name is None or form.schema is None):
+        raise APIError(400, "The type json_schema needs a name and a schema.", "invalid_value", "text.format")
+    return constraint(form and ResponseFormat(form.type, form.schema and JSONSchema(form.schema)), None, "text.format")
+
+
+def render_fitting(render: Callable[[list], Prompt], max_len: int, kept: int, messages: list[dict[str, Any]]) -> Prompt:
+    """Render messages without as many of the oldest, but for the first `kept`, as it takes to fit."""
+    starts = [i for i in range(kept, len(messages)) if messages[i]["role"] != "tool"] or [kept]
+
+    def fits(start: int) -> bool:
+        try:
+            return len(render(messages[:kept] + messages[start:]).token_ids) < max_len
+        except APIError as error:
+            if error.code != "context_length_exceeded":
+                raise
+            return False
+
+    first = starts[min(bisect.bisect_left(starts, True, key=fits), len(starts) - 1)]
+    return render(messages[:kept] + messages[first:])
+
+
+async def response_events(response: dict[str, Any], stream: TokenStream,
+                          found: AsyncIterator[Delta]) -> AsyncIterator[dict[str, Any]]:
+    """Yield the events of a response; they show it, and its items, as they are at the time, and are to be encoded then."""
+    yield {"type": "response.created", "response": response}
+    if response["status"] == "queued":
+        yield {"type": "response.queued", "response": response}
+        response["status"] = "in_progress"
+    yield {"type": "response.in_progress", "response": response}
+    async with aclosing(answer_events(response, stream, found)) as events:
+        async for event in events:
+            yield event
+    if response["incomplete_details"]:
+        response["status"] = "incomplete"
+    else:
+        response |= {"status": "completed", "completed_at": int(time.time())}
+    yield {"type": f"response.{response['status']}", "response": response}
+
+
+async def answer_events(response: dict[str, Any], stream: TokenStream,
+                        found: AsyncIterator[Delta]) -> AsyncIterator[dict[str, Any]]:
+    """Yield the events of one answer of the model, and add its items and its tokens to the response."""
+    [seq], output, num_tokens = stream.sequences, response["output"], 0
+    item: dict[str, Any] | None = None  # the one that is being written
+    unsaid: list[Token] = []  # those whose text is held back
+    async with aclosing(found):
+        async for part in found:
+            num_tokens += part.num_tokens
+            unsaid += part.tokens if seq.sampling.logprobs is not None else ()
+            pieces = part.pieces
+            if part.finish_reason and not pieces and (item is None or unsaid and item["type"] == "message"):
+                pieces = (Piece("content", ""),)
+            for piece in pieces:
+                kind = {"content": "message", "reasoning": "reasoning"}.get(piece.kind, "function_call")
+                if item is None or item["type"] != kind or piece.kind == "call":
+                    for event in closing(item, len(output) - 1, "completed") if item else ():
+                        yield event
+                    item = new_item(kind, item_id(kind, response["id"], len(output)), piece.text)
+                    output.append(item)
+                    for event in opening(item, len(output) - 1):
+                        yield event
+                if piece.kind != "call":
+                    logprobs = [logprob_entry(stream.engine.model, token) for token in unsaid] if kind == "message" else []
+                    yield addition(item, len(output) - 1, piece.text, logprobs)
+                unsaid = []
+            if part.finish_reason == "length":
+                response["incomplete_details"] = {"reason": "max_output_tokens"}
+    for event in closing(item, len(output) - 1, "incomplete" if response["incomplete_details"] else "completed"):
+        yield event
+    response["usage"] = await response_usage(stream, num_tokens, output)
+
+
+def new_item(kind: str, id: str, name: str) -> dict[str, Any]:
+    """Return an item with nothing in it yet; a call's has its name."""
+    own = {"message": {"role": "assistant", "content": []}, "reasoning": {"summary": [], "content": []}}.get(
+        kind, {"call_id": f"call_{uuid.uuid4().hex[:9]}", "name": name, "arguments": ""})
+    return {"id": id, "type": kind, "status": "in_progress", **own}
+
+
+def opening(item: dict[str, Any], index: int) -> Iterable[dict[str, Any]]:
+    """Yield the events that begin an item."""
+    yield {"type": "response.output_item.added", "output_index": index, "item": item}
+    if item["type"] != "function_call":
+        own = {"annotations": [], "logprobs": []} if item["type"] == "message" else {}
+        item["content"].append({"type": "output_text" if own else "reasoning_text", "text": "", **own})
+        yield {"type": "response.content_part.added", "item_id": item["id"], "output_index": index, "content_index": 0,
+               "part": item["content"][0]}
+
+
+def addition(item: dict[str, Any], index: int, text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Add text to an item, and return the event."""
+    where = {"item_id": item["id"], "output_index": index, "delta": text}
+    if item["type"] == "function_call":
+        item["arguments"] += text
+        return {"type": "response.function_call_arguments.delta", **where}
+    [part] = item["content"]
+    part["text"] += text
+    if item["type"] == "reasoning":
+        return {"type": "response.reasoning_text.delta", **where, "content_index": 0}
+    part["logprobs"] += logprobs
+    return {"type": "response.output_text.delta", **where, "content_index": 0, "logprobs": logprobs}
+
+
+def closing(item: dict[str, Any], index: int, status: str) -> Iterable[dict[str, Any]]:
+    """Yield the events that end an item."""
+    item["status"] = status
+    where = {"item_id": item["id"], "output_index": index}
+    if item["type"] == "function_call":
+        yield {"type": "response.function_call_arguments.done", **where, "arguments": item["arguments"]}
+    else:
+        [part] = item["content"]
+        own = {"logprobs": part["logprobs"]} if item["type"] == "message" else {}
+        yield {"type": f"response.{part['type']}.done", **where, "content_index": 0, "text": part["text"], **own}
+        yield {"type": "response.content_part.done", **where, "content_index": 0, "part": part}
+    yield {"type": "response.output_item.done", "output_index": index, "item": item}
+
+
+async def response_usage(stream: TokenStream, output_tokens: int, output: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the token counts of a response; those of its reasoning are of the text that it has."""
+    [seq], model = stream.sequences, stream.engine.model
+    thoughts = "".join(item["content"][0]["text"] for item in output if item["type"] == "reasoning")
+    reasoning = await trio.to_thread.run_sync(tokenize, model, thoughts, False, limiter=app.rendering) if thoughts else []
+    return {"input_tokens": seq.num_prompt_tokens, "output_tokens": output_tokens,
+            "total_tokens": seq.num_prompt_tokens + output_tokens,
+            "input_tokens_details": {"cached_tokens": seq.num_cached_tokens or 0, "cache_write_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": min(len(reasoning), output_tokens)}}
+
+
+async def told(response: dict[str, Any], events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+    """Yield events as they are sent."""
+    async with aclosing(events):
+        number = 0
+        async for event in events:
+            yield b"event: %s\ndata: %s\n\n" % (event["type"].encode(), encode({**event, "sequence_number": number}))
+            number += 1
 
 
 # ── Models and health ─────────────────────────────────────────────────────────────────────────────────────────────────
