@@ -167,19 +167,18 @@ async def test_new_tools_are_seen(process: Process, monkeypatch: pytest.MonkeyPa
                 await trio.sleep(0.02)
 
 
-@pytest.mark.parametrize("settings_, reason", [
-    ({"command": "no-such-command"}, "FileNotFoundError"),
-    ({"command": sys.executable, "args": ["-c", "print('nonsense')"]}, "Connection closed"),
-    ({"url": "http://127.0.0.1:9/mcp"}, "ConnectError"),
-], ids=["none", "nonsense", "refused"])
-async def test_a_server_that_does_not_start(settings_: dict, reason: str, caplog: pytest.LogCaptureFixture) -> None:
-    async with running(settings_) as server:
-        assert await serve.server_tools([server], set()) == {}
-        assert server.status == "failed" and reason in server.reason
-        with trio.fail_after(0.1):  # nobody waits for it again
-            assert (await server.call("capital", "{}")).is_error
+async def test_servers_that_do_not_start(caplog: pytest.LogCaptureFixture) -> None:
+    async with (running({"command": "no-such-command"}, "none") as none,
+                running({"command": sys.executable, "args": ["-c", "print('nonsense')"]}, "nonsense") as nonsense,
+                running({"url": "http://127.0.0.1:9/mcp"}, "refused") as refused):
+        assert await serve.server_tools([none, nonsense, refused], set()) == {}
+        for server, reason in ((none, "FileNotFoundError"), (nonsense, "Connection closed"), (refused, "ConnectError")):
+            assert server.status == "failed" and reason in server.reason
+            with trio.fail_after(0.1):  # nobody waits for it again
+                assert (await server.call("capital", "{}")).is_error
         await trio.sleep(2)
-    assert caplog.text.count("cannot be started") == 2  # after one second; the next is after two more
+    for name in ("none", "nonsense", "refused"):  # the second time after one second, the third after two more
+        assert caplog.text.count(f"mcp {name}: cannot be started") == 2
 
 
 async def test_a_slow_server_is_waited_for_but_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +241,7 @@ class Local:
 @pytest.fixture(scope="module")
 def local(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
     folder = tmp_path_factory.mktemp("server")
-    processes = {transport: Process(folder, transport) for transport in ("stdio", "http")}
+    processes = {transport: Process(folder, transport) for transport in ("stdio", "http", "stubborn")}
     config = {"mcpServers": {name: process.settings for name, process in processes.items()}}
     (folder / "mcp.json").write_text(json.dumps(config))
     with start_server(folder, "--mcp-config", str(folder / "mcp.json"), "--mcp-auto", "--mcp-timeout", "2",
@@ -258,8 +257,8 @@ def named(name: str) -> dict:
 
 def test_servers_are_listed(local: Local) -> None:
     listed = http.get(local.url + "/v1/mcp/servers").json()
-    assert listed["object"] == "list" and [server["name"] for server in listed["data"]] == ["stdio", "http"]
-    for server in listed["data"]:
+    assert listed["object"] == "list" and [server["name"] for server in listed["data"]] == ["stdio", "http", "stubborn"]
+    for server in listed["data"][:2]:
         assert server["status"] == "ready" and server["error"] is None
         assert {"name": "fail", "description": "Raise.", "input_schema": {
             "type": "object", "properties": {}, "title": "failArguments"}} in server["tools"]
@@ -366,17 +365,17 @@ def test_what_the_client_sees_of_calls() -> None:
                                  (serve.Piece("arguments", "{2", 0), serve.Piece("reasoning", "b"))]
 
 
-def test_no_tool_server_outlives_the_process(checkpoint: Path, tiny: Path, tmp_path: Path) -> None:
-    for end, transport in ((signal.SIGKILL, "stdio"), (signal.SIGTERM, "stubborn")):
-        process = Process(tmp_path, transport)
-        (tmp_path / "mcp.json").write_text(json.dumps({"mcpServers": {"a": process.settings}}))
-        with start_server(tmp_path, str(tiny), "--mcp-config", str(tmp_path / "mcp.json"), ready=False) as server:
-            while not any(event.startswith("start") for event in process.noted):
-                time.sleep(0.05)
-            os.kill(process.pid, 0)
-            server.process.send_signal(end)
-            server.process.wait(10)
-        deadline = time.monotonic() + 3
-        while os.path.exists(f"/proc/{process.pid}"):
-            assert time.monotonic() < deadline
+def test_no_tool_server_outlives_the_server(local: Local, tiny: Path, tmp_path: Path) -> None:
+    """Whether it is asked to end, or killed while it loads."""
+    process = Process(tmp_path, "stdio")
+    (tmp_path / "mcp.json").write_text(json.dumps({"mcpServers": {"a": process.settings}}))
+    with start_server(tmp_path, str(tiny), "--mcp-config", str(tmp_path / "mcp.json"), ready=False) as server:
+        while not process.noted[0]:
             time.sleep(0.05)
+        server.process.kill()
+    pids = [process.pid, local.processes["stdio"].pid, local.processes["stubborn"].pid]
+    local.server.stop()
+    deadline = time.monotonic() + 3
+    while any(os.path.exists(f"/proc/{pid}") for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

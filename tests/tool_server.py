@@ -66,9 +66,9 @@ if __name__ == "__main__":
     print("the tool server \x1b[31mspeaks", file=sys.stderr, flush=True)
     if sys.argv[2] == "stdio":
         server.run()
-    elif sys.argv[2] == "stubborn":  # it does not take leave
+    elif sys.argv[2] == "stubborn":  # it has no tools, and does not take leave
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        server.run()
+        MCPServer("stubborn").run()
         signal.pause()
     else:
         server.run("streamable-http", host="127.0.0.1", port=int(sys.argv[3]))
