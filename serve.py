@@ -43,6 +43,7 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -53,6 +54,7 @@ import types
 import uuid
 import warnings
 import zipfile
+import zlib
 from array import array
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
@@ -274,6 +276,8 @@ class Config:
     enable_cors: bool = flag(False, "server", "let web pages of any origin call the server")
     cors_origin: tuple[str, ...] = flag((), "server", "let web pages of this origin call the server; repeatable",
                                         metavar="ORIGIN")
+    response_store: str | None = flag(None, "server", "keep what /v1/responses answered in this SQLite file, not in memory",
+                                      metavar="FILE")
     grace_period: float = flag(8.0, "server", "seconds that running requests get to finish at shutdown", at_least(0, float))
     log_level: str = flag("info", "server", "how much to log", choices=["debug", "info", "warning", "error", "critical"])
 
@@ -2806,6 +2810,8 @@ class App(QuartTrio):
     settings: Config
     rendering = trio.CapacityLimiter(4)  # threads that turn messages into tokens
     tool_servers: dict[str, ToolServer]
+    responses: ResponseStore
+    live: dict[str, LiveResponse]  # those that are made in the background
     draining = False
     active = 0  # requests being answered
 
@@ -2945,6 +2951,7 @@ Count = Annotated[int, Meta(ge=0)]
 
 class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class SamplingFields(msgspec.Struct, kw_only=True):
@@ -3858,12 +3865,6 @@ RESPONSE_REFUSED = REFUSED | {
 }
 ResponseRefused = msgspec.defstruct("ResponseRefused", [(name, Any, None) for name in RESPONSE_REFUSED],
                                     bases=(SamplingFields,), kw_only=True)
-LOGPROBS = "message.output_text.logprobs"
-UNFINISHED = ("queued", "in_progress")
-
-
-class ResponseStreamOptions(StreamOptions):
-    include_obfuscation: Literal[False] | None = None
 
 
 class TextFormat(msgspec.Struct, omit_defaults=True):
@@ -3887,25 +3888,15 @@ class ReasoningOptions(msgspec.Struct):
     mode: Literal["standard"] | None = None
 
 
-class ChosenFunction(msgspec.Struct, tag_field="type", tag="function"):
-    name: str
-
-
-class AllowedTools(msgspec.Struct, tag_field="type", tag="allowed_tools"):
-    mode: Literal["auto", "required"]
-    tools: list[ChosenFunction]
-
-
 class ResponseRequest(ResponseRefused, kw_only=True):
     """https://platform.openai.com/docs/api-reference/responses/create, and what vLLM and transformers add to it."""
 
     input: str | list[dict[str, Any]]
     instructions: str | None = None
-    stream_options: ResponseStreamOptions | None = None
     max_output_tokens: Annotated[int, Meta(ge=1)] | None = None
     max_tool_calls: Annotated[int, Meta(ge=1)] | None = None
     tools: Annotated[list[dict[str, Any]], Meta(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ChosenFunction | AllowedTools | None = None
+    tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
@@ -3923,137 +3914,229 @@ class ResponseRequest(ResponseRefused, kw_only=True):
     user: str | None = None
 
 
+STORED_RESPONSES, STORED_BYTES = 4096, 256 << 20
+SCHEMA = """
+    PRAGMA journal_mode = WAL;
+    PRAGMA synchronous = NORMAL;  -- a commit survives the process, if not the machine
+    CREATE TABLE IF NOT EXISTS responses
+        (id TEXT PRIMARY KEY, used REAL, size INTEGER, response TEXT, items TEXT, frames BLOB);
+    CREATE INDEX IF NOT EXISTS by_use ON responses (used, size);
+    UPDATE responses SET response = json_set(response, '$.status', 'failed', '$.error', json('{"code": "server_error",
+        "message": "The server ended before the response did."}')) WHERE response ->> 'status' IN ('queued', 'in_progress');
+"""
+EVICT = """
+    DELETE FROM responses WHERE id IN (SELECT id FROM (
+        SELECT id, count(*) OVER newest AS number, sum(size) OVER newest AS bytes FROM responses
+        WINDOW newest AS (ORDER BY used DESC, id ROWS UNBOUNDED PRECEDING)) WHERE number > ? OR bytes > ?)
+"""
+
+
+@dataclass(slots=True, eq=False)
+class LiveResponse:
+    """A response that is made or looked at: itself, its own input, and its events as they are sent."""
+
+    response: dict[str, Any]
+    items: list[dict[str, Any]] = field(default_factory=list)
+    frames: list[bytes] = field(default_factory=list)
+    ended: bool = False
+    error: APIError | None = None
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    changed: trio.Event = field(default_factory=trio.Event)
+
+    async def add(self, event: dict[str, Any]) -> bytes:
+        """Return an event as it is sent, and let followers have it; what has ended is kept first."""
+        body = encode({**event, "sequence_number": len(self.frames)})
+        frame = b"event: %s\ndata: %s\n\n" % (event["type"].encode(), body)
+        ended = self.response["status"] not in ("queued", "in_progress")
+        if ended and self.response["store"]:
+            await app.responses.save(self.response, self.items, [*self.frames, frame])
+        self.frames.append(frame)
+        self.ended = ended
+        self.changed.set()
+        self.changed = trio.Event()
+        return frame
+
+
+class ResponseStore:
+    """What was answered, in SQLite: in memory, or in a file that outlives the server. Least recently used out first."""
+
+    def __init__(self, path: str | None) -> None:
+        self.turn = trio.CapacityLimiter(1)
+        try:
+            self.database = sqlite3.connect(path or ":memory:", isolation_level=None, check_same_thread=False)
+            self.database.executescript(SCHEMA)
+        except sqlite3.Error as error:
+            raise APIError(500, f"--response-store: {path}: {error}") from error
+
+    async def run(self, sql: str, *values: Any) -> list[tuple]:
+        """Run one statement, off the event loop."""
+        return await trio.to_thread.run_sync(lambda: self.database.execute(sql, values).fetchall(), limiter=self.turn)
+
+    async def save(self, response: dict[str, Any], items: list[dict[str, Any]], frames: list[bytes]) -> None:
+        """Keep a response, and no more of the others than there is room for."""
+        texts, packed = (encode(response).decode(), encode(items).decode()), zlib.compress(b"".join(frames), 1)
+        try:
+            await self.run("INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?, ?, ?)", response["id"], time.time(),
+                           sum(map(len, texts)) + len(packed), *texts, packed)
+            await self.run(EVICT, STORED_RESPONSES, STORED_BYTES)
+        except sqlite3.Error as error:  # a full disk is no reason to withhold an answer
+            log.error("a response was not stored: %s", error)
+
+    async def load(self, id: str, param: str = "response_id") -> LiveResponse:
+        """Return a response that is being made or was kept. Raises APIError 404."""
+        if id in app.live:
+            return app.live[id]
+        rows = await self.run("UPDATE responses SET used = ? WHERE id = ? RETURNING response, items", time.time(), id)
+        if not rows:
+            raise APIError(404, f"There is no response {id!r}, or not any more.", "response_not_found", param)
+        return LiveResponse(*map(msgspec.json.decode, rows[0]), ended=True)
+
+    async def conversation(self, id: str | None, param: str) -> list[dict[str, Any]]:
+        """Return the items of a response and of all that it continues, oldest first. Raises APIError 400, 404."""
+        turns: list[list[dict[str, Any]]] = []
+        while id is not None:
+            kept = await self.load(id, param)
+            if not kept.ended:
+                raise APIError(400, f"The response {id!r} is still being made.", "invalid_value", param)
+            turns.append(kept.items + kept.response["output"])
+            id = kept.response["previous_response_id"]
+        return list(itertools.chain.from_iterable(reversed(turns)))
+
+    async def item(self, id: str) -> dict[str, Any]:
+        """Return an item of a response that was kept. Raises APIError 404."""
+        owner = re.fullmatch(r"[a-z]+_([0-9a-f]{32})_i?\d+", id)
+        kept = await self.load(f"resp_{owner[1]}", "input") if owner else None
+        for item in [*kept.items, *kept.response["output"]] if kept else ():
+            if item["id"] == id:
+                return item
+        raise APIError(404, f"There is no item {id!r}.", "item_not_found", "input")
+
+
 @app.post("/v1/responses")
 async def create_response() -> Response:
-    """Answer a conversation, whose beginning may be what earlier responses were kept of."""
+    """Answer a conversation, of whose beginning the id of an earlier response may be all that is sent."""
     body = await read_body(ResponseRequest)
     refuse(body, RESPONSE_REFUSED)
+    body.text, body.reasoning = body.text or TextOptions(), body.reasoning or ReasoningOptions()
     body.max_tokens = body.max_output_tokens
-    logprobs = LOGPROBS in (body.include or ())
+    logprobs = "message.output_text.logprobs" in (body.include or ())
     if body.top_logprobs and not logprobs:
-        raise APIError(400, f"top_logprobs needs {LOGPROBS!r} in include.", "invalid_value", "top_logprobs")
+        raise APIError(400, "top_logprobs needs message.output_text.logprobs in include.", "invalid_value", "top_logprobs")
+    if body.background and body.store is False:
+        raise APIError(400, "background needs store: it is read from there.", "invalid_value", "background")
     engine = await app.models.get(body.model)
     sampling = sampling_params(body, engine.model, (body.top_logprobs or 0) if logprobs else None)
-    response = new_response(body, engine.model, sampling)
-    items = read_input(body.input, response["id"])
-    messages = read_items(items, body.instructions)
-    use = response_tools(body)
-    kwargs = template_kwargs(engine.model, body.reasoning and body.reasoning.effort, body.chat_template_kwargs,
-                             "reasoning.effort")
-    render = functools.partial(render_chat, engine.model, continue_final=False, kwargs=kwargs, tools=use.offered)
-    if body.truncation == "auto":
-        render = functools.partial(render_fitting, render, engine.max_len, body.instructions is not None)
-    stream, found = await converse(engine, functools.partial(render, messages), sampling, use, text_format(body.text))
-    events = told(response, response_events(response, stream, found))
+    live = LiveResponse(new_response(body, engine.model, sampling))
+    past = await app.responses.conversation(body.previous_response_id, "previous_response_id")
+    live.items = await read_input(body.input, live.response["id"])
+    stream, found = await response_turn(engine, body, sampling, read_items(past, live.items, body.instructions))
+    events = told(live, response_events(live.response, stream, found))
+    if body.background:
+        await app.responses.save(live.response, live.items, [])
+        app.live[live.response["id"]] = live
+        app.models.nursery.start_soon(run_in_background, live, events)
+        return event_stream(followed(live, 0), end=b"") if body.stream else json_response(live.response)
     if body.stream:
         return event_stream(events, end=b"")
     async with aclosing(events):
         async for _ in events:
             pass
-    return json_response(response)
+    if live.error:
+        raise live.error
+    return json_response(live.response)
+
+
+async def response_turn(engine: Engine | AdaptedEngine, body: ResponseRequest, sampling: SamplingParams,
+                        messages: list[dict[str, Any]]) -> tuple[TokenStream, AsyncIterator[Delta]]:
+    """Put a response's conversation to the model. Raises APIError 400, 429."""
+    use = response_tools(body)
+    kwargs = template_kwargs(engine.model, body.reasoning.effort, body.chat_template_kwargs, "reasoning.effort")
+    render = functools.partial(render_chat, engine.model, continue_final=False, kwargs=kwargs, tools=use.offered)
+    if body.truncation == "auto":
+        render = functools.partial(render_fitting, render, engine.max_len, body.instructions is not None)
+    try:
+        return await converse(engine, functools.partial(render, messages), sampling, use, text_format(body.text.format))
+    except APIError as error:
+        error.param = "input" if str(error.param).startswith("messages") else error.param  # its index is not the client's
+        raise
 
 
 def new_response(body: ResponseRequest, model: Model, sampling: SamplingParams) -> dict[str, Any]:
     """Return the response to a request as it is at first."""
-    text, reasoning = body.text or TextOptions(), body.reasoning or ReasoningOptions()
-    return {
+    echoed = ("instructions", "previous_response_id", "user", "safety_identifier", "prompt_cache_key", "max_tool_calls",
+              "max_output_tokens")
+    return {name: getattr(body, name) for name in echoed} | {
         "id": f"resp_{uuid.uuid4().hex}", "object": "response", "created_at": int(time.time()), "completed_at": None,
         "status": "queued" if body.background else "in_progress", "background": bool(body.background), "error": None,
         "incomplete_details": None, "model": app.models.public_id(model.id), "output": [], "usage": None,
-        "instructions": body.instructions, "previous_response_id": body.previous_response_id,
-        "store": body.store is not False, "metadata": body.metadata or {}, "user": body.user,
-        "safety_identifier": body.safety_identifier, "prompt_cache_key": body.prompt_cache_key, "service_tier": "default",
-        "tools": body.tools or [], "tool_choice": msgspec.to_builtins(body.tool_choice or "auto"),
-        "parallel_tool_calls": body.parallel_tool_calls is not False, "max_tool_calls": body.max_tool_calls,
-        "text": {"format": msgspec.to_builtins(text.format or TextFormat("text")), "verbosity": text.verbosity or "medium"},
-        "reasoning": {"effort": reasoning.effort, "summary": reasoning.summary},
-        "truncation": body.truncation or "disabled", "max_output_tokens": body.max_output_tokens,
-        "top_logprobs": body.top_logprobs or 0, "temperature": sampling.temperature, "top_p": sampling.top_p,
-        "presence_penalty": sampling.presence_penalty, "frequency_penalty": sampling.frequency_penalty,
+        "store": body.store is not False, "metadata": body.metadata or {}, "service_tier": "default",
+        "tools": body.tools or [], "tool_choice": body.tool_choice or "auto",
+        "parallel_tool_calls": body.parallel_tool_calls is not False, "truncation": body.truncation or "disabled",
+        "text": {"format": msgspec.to_builtins(body.text.format or TextFormat("text")),
+                 "verbosity": body.text.verbosity or "medium"},
+        "reasoning": {"effort": body.reasoning.effort, "summary": body.reasoning.summary},
+        "top_logprobs": body.top_logprobs or 0,
+        **{name: getattr(sampling, name) for name in ("temperature", "top_p", "presence_penalty", "frequency_penalty")},
     }
-
-
-class MessageItem(msgspec.Struct, tag_field="type", tag="message"):
-    role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[dict[str, Any]]
-
-
-class ReasoningText(msgspec.Struct):
-    text: str
-
-
-class ReasoningItem(msgspec.Struct, tag_field="type", tag="reasoning"):
-    content: list[ReasoningText] | None = None
-    summary: list[ReasoningText] | None = None
-    encrypted_content: None = None
-
-
-class FunctionCallItem(msgspec.Struct, tag_field="type", tag="function_call"):
-    call_id: str
-    name: str
-    arguments: str
-
-
-class FunctionOutputItem(msgspec.Struct, tag_field="type", tag="function_call_output"):
-    call_id: str
-    output: str | list[dict[str, Any]]
-
-
-Item = MessageItem | ReasoningItem | FunctionCallItem | FunctionOutputItem
-ITEM_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco"}
 
 
 def item_id(kind: str, response_id: str, place: str | int) -> str:
     """Return the id of a response's item, which tells whose it is."""
-    return f"{ITEM_PREFIXES.get(kind, kind)}_{response_id.partition('_')[2]}_{place}"
+    prefix = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco"}.get(kind, kind)
+    return f"{prefix}_{response_id.partition('_')[2]}_{place}"
 
 
-def read_input(given: str | list[dict[str, Any]], response_id: str) -> list[dict[str, Any]]:
-    """Return a request's input as whole items: with a type, an id, and content in parts."""
+async def read_input(given: str | list[dict[str, Any]], response_id: str) -> list[dict[str, Any]]:
+    """Return a request's input as whole items: with a type, an id, and content in parts. Raises APIError 400, 404."""
     items: list[dict[str, Any]] = []
-    bare = False  # content parts outside of any message, as transformers' examples have them, are the user's
+    bare = False  # parts of no message, as transformers' examples have them, are the user's
     for item in [{"role": "user", "content": given}] if isinstance(given, str) else given:
         was_bare, bare = bare, "role" not in item and str(item.get("type")).endswith(("_text", "_image", "_audio", "_url"))
         if bare and was_bare:
             items[-1]["content"].append(item)
             continue
         item = {"role": "user", "content": [item]} if bare else dict(item)
-        kind = item.setdefault("type", "message")
-        if kind == "message" and isinstance(item.get("content"), str):
-            own = item.get("role") == "assistant"
-            part = {"type": "output_text", "annotations": []} if own else {"type": "input_text"}
-            item["content"] = [{**part, "text": item["content"]}]
-        own_id = item["id"] if isinstance(item.get("id"), str) else item_id(kind, response_id, f"i{len(items)}")
+        if item.get("type", "item_reference") == "item_reference" and "role" not in item:
+            item = await app.responses.item(str(item.get("id")))
+        kind, text = item.setdefault("type", "message"), item.get("content")
+        if kind == "message" and isinstance(text, str):
+            own = {"type": "output_text", "annotations": []} if item.get("role") == "assistant" else {"type": "input_text"}
+            item["content"] = [{**own, "text": text}]
+        own_id = item["id"] if isinstance(item.get("id"), str) else item_id(str(kind), response_id, f"i{len(items)}")
         items.append({"status": "completed", **item, "id": own_id})
     if not items:
         raise APIError(400, "input must not be empty.", "invalid_value", "input")
     return items
 
 
-def read_items(items: list[dict[str, Any]], instructions: str | None) -> list[dict[str, Any]]:
-    """Return items as the messages of a chat. Raises APIError 400."""
-    try:
-        read = msgspec.convert(items, list[Item])
-    except msgspec.ValidationError as error:
-        where = re.search(r"`\$(.*)`$", str(error))
-        raise APIError(400, f"input: {error}", "invalid_value", "input" + (where[1] if where else "")) from None
+def read_items(past: list[dict[str, Any]], items: list[dict[str, Any]], instructions: str | None) -> list[dict[str, Any]]:
+    """Return a conversation's items, past and new, as the messages of a chat. Raises APIError 400."""
     messages = [] if instructions is None else [{"role": "system", "content": instructions}]
-    calls = {item.call_id for item in read if isinstance(item, FunctionCallItem)}
-    for item in read:
+    calls = set()
+    for i, item in enumerate(past + items, -len(past)):
+        where = f"input[{i}]"
         match item:
-            case MessageItem("assistant", content):
-                say(messages, "content", chat_parts(content))
-            case MessageItem(role, content):
-                messages.append({"role": role, "content": chat_parts(content)})
-            case ReasoningItem(content, summary):
-                say(messages, "reasoning_content", "".join(part.text for part in content or summary or ()))
-            case FunctionCallItem(call_id, name, arguments):
-                say(messages, "tool_calls", [{"id": call_id.removeprefix("call_"), "type": "function",
+            case {"type": "message", "role": "assistant", "content": list(parts)}:
+                say(messages, "content", chat_parts(parts, where))
+            case {"type": "message", "role": "user" | "system" | "developer" as role, "content": list(parts)}:
+                messages.append({"role": role, "content": chat_parts(parts, where)})
+            case {"type": "reasoning", "encrypted_content": str()}:
+                raise APIError(400, "encrypted_content is not supported here.", "unsupported_parameter", where)
+            case {"type": "reasoning"}:
+                thoughts = chat_parts(item.get("content") or item.get("summary") or [], where)
+                say(messages, "reasoning_content", "".join(str(part.get("text", "")) for part in thoughts))
+            case {"type": "function_call", "call_id": str(id), "name": str(name), "arguments": str(arguments)}:
+                calls.add(id)
+                say(messages, "tool_calls", [{"id": id.removeprefix("call_"), "type": "function",
                                               "function": {"name": name, "arguments": arguments}}])
-            case FunctionOutputItem(call_id, output):
-                if call_id not in calls:
-                    raise APIError(400, f"No function call has the call_id {call_id!r}.", "invalid_value", "input")
-                messages.append({"role": "tool", "tool_call_id": call_id.removeprefix("call_"), "content": chat_parts(output)})
+            case {"type": "function_call_output", "call_id": str(id), "output": str() | list() as output} if id in calls:
+                output = output if isinstance(output, str) else chat_parts(output, where)
+                messages.append({"role": "tool", "tool_call_id": id.removeprefix("call_"), "content": output})
+            case {"type": "function_call_output", "call_id": str(id)} if id not in calls:
+                raise APIError(400, f"No function call has the call_id {id!r}.", "invalid_value", where)
+            case _:
+                raise APIError(400, f"An item of type {item['type']!r} cannot be read here, or not with these fields.",
+                               "invalid_value", where)
     return messages
 
 
@@ -4063,47 +4146,47 @@ SAID = ("reasoning_content", "content", "tool_calls")  # in one turn of the assi
 def say(messages: list[dict[str, Any]], field: str, value: Any) -> None:
     """Add to what the assistant said last, or begin a turn if that has got further already."""
     last = messages[-1] if messages else {"role": None}
-    later = SAID[SAID.index(field) + (field == "tool_calls"):]
-    if last["role"] != "assistant" or any(name in last for name in later):
+    if last["role"] != "assistant" or any(name in last for name in SAID[SAID.index(field) + (field == "tool_calls"):]):
         messages.append(last := {"role": "assistant"})
     last[field] = last.get(field, []) + value if field == "tool_calls" else value
 
 
-def chat_parts(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
-    """Return content with its images as chat completions spell them. Raises APIError 400."""
-    if isinstance(content, str):
-        return content
-    if any(part.get("file_id") is not None for part in content):
-        raise APIError(400, "file_id is not supported here: there are no files.", "unsupported_parameter", "input")
+def chat_parts(parts: list[Any], where: str) -> list[dict[str, Any]]:
+    """Return the parts of an item's content as chat completions spell them. Raises APIError 400."""
+    if not all(isinstance(part, dict) for part in parts) or any(part.get("file_id") is not None for part in parts):
+        raise APIError(400, "The parts of content are objects, none with a file_id: there are no files here.", "invalid_value",
+                       where)
     return [{"type": "image_url", "image_url": {"url": part.get("image_url"), "detail": part.get("detail") or "auto"}}
-            if part.get("type") == "input_image" else part for part in content]
+            if part.get("type") == "input_image" else part for part in parts]
 
 
 def response_tools(body: ResponseRequest) -> ToolUse:
     """Return what a request's tools and its choice of them ask for. Raises APIError 400."""
-    choice = body.tool_choice
     tools = [{"type": tool.get("type"), "function": {name: value for name, value in tool.items() if name != "type"}}
              for tool in body.tools or ()]
-    if isinstance(choice, AllowedTools):
-        allowed = [tool.name for tool in choice.tools]
-        tools = [tool for tool in tools if tool["function"].get("name") in allowed]
-        choice = choice.mode
-    if isinstance(choice, ChosenFunction):
-        choice = msgspec.convert({"type": "function", "function": {"name": choice.name}}, Tool)
+    match body.tool_choice:
+        case None | "none" | "auto" | "required" as choice:
+            pass
+        case {"type": "function", "name": str(name)}:
+            choice = Tool("function", Function(name))
+        case {"type": "allowed_tools", "mode": "auto" | "required" as choice, "tools": list(allowed)}:
+            names = [tool.get("name") for tool in allowed if isinstance(tool, dict) and tool.get("type") == "function"]
+            tools = [tool for tool in tools if tool["function"].get("name") in names]
+        case other:
+            raise APIError(400, f"tool_choice {other!r} is not supported here.", "invalid_value", "tool_choice")
     return tool_use(tools, choice, body.parallel_tool_calls)
 
 
-def text_format(text: TextOptions | None) -> tuple[str, dict[str, Any]] | None:
+def text_format(form: TextFormat | None) -> tuple[str, dict[str, Any]] | None:
     """Return what the answer must look like. Raises APIError 400."""
-    form = text and text.format
     if form and form.type == "json_schema" and (form.name is None or form.schema is None):
         raise APIError(400, "The type json_schema needs a name and a schema.", "invalid_value", "text.format")
-    return constraint(form and ResponseFormat(form.type, form.schema and JSONSchema(form.schema)), None, "text.format")
+    return constraint(form and ResponseFormat(form.type, JSONSchema(form.schema)), None, "text.format")
 
 
 def render_fitting(render: Callable[[list], Prompt], max_len: int, kept: int, messages: list[dict[str, Any]]) -> Prompt:
     """Render messages without as many of the oldest, but for the first `kept`, as it takes to fit."""
-    starts = [i for i in range(kept, len(messages)) if messages[i]["role"] != "tool"] or [kept]
+    starts = [i for i in range(kept, len(messages)) if messages[i]["role"] != "tool"]
 
     def fits(start: int) -> bool:
         try:
@@ -4128,10 +4211,8 @@ async def response_events(response: dict[str, Any], stream: TokenStream,
     async with aclosing(answer_events(response, stream, found)) as events:
         async for event in events:
             yield event
-    if response["incomplete_details"]:
-        response["status"] = "incomplete"
-    else:
-        response |= {"status": "completed", "completed_at": int(time.time())}
+    cut = response["incomplete_details"] is not None
+    response |= {"status": "incomplete"} if cut else {"status": "completed", "completed_at": int(time.time())}
     yield {"type": f"response.{response['status']}", "response": response}
 
 
@@ -4151,19 +4232,19 @@ async def answer_events(response: dict[str, Any], stream: TokenStream,
             for piece in pieces:
                 kind = {"content": "message", "reasoning": "reasoning"}.get(piece.kind, "function_call")
                 if item is None or item["type"] != kind or piece.kind == "call":
-                    for event in closing(item, len(output) - 1, "completed") if item else ():
+                    for event in closing(item, output, "completed") if item else ():
                         yield event
                     item = new_item(kind, item_id(kind, response["id"], len(output)), piece.text)
                     output.append(item)
-                    for event in opening(item, len(output) - 1):
+                    for event in opening(item, output):
                         yield event
                 if piece.kind != "call":
                     logprobs = [logprob_entry(stream.engine.model, token) for token in unsaid] if kind == "message" else []
-                    yield addition(item, len(output) - 1, piece.text, logprobs)
+                    yield addition(item, output, piece.text, logprobs)
                 unsaid = []
             if part.finish_reason == "length":
                 response["incomplete_details"] = {"reason": "max_output_tokens"}
-    for event in closing(item, len(output) - 1, "incomplete" if response["incomplete_details"] else "completed"):
+    for event in closing(item, output, "incomplete" if response["incomplete_details"] else "completed"):
         yield event
     response["usage"] = await response_usage(stream, num_tokens, output)
 
@@ -4175,42 +4256,45 @@ def new_item(kind: str, id: str, name: str) -> dict[str, Any]:
     return {"id": id, "type": kind, "status": "in_progress", **own}
 
 
-def opening(item: dict[str, Any], index: int) -> Iterable[dict[str, Any]]:
+def place(item: dict[str, Any], output: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return where an event of the last item belongs."""
+    at = {"item_id": item["id"], "output_index": len(output) - 1}
+    return at if item["type"] == "function_call" else {**at, "content_index": 0}
+
+
+def opening(item: dict[str, Any], output: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
     """Yield the events that begin an item."""
-    yield {"type": "response.output_item.added", "output_index": index, "item": item}
+    yield {"type": "response.output_item.added", "output_index": len(output) - 1, "item": item}
     if item["type"] != "function_call":
         own = {"annotations": [], "logprobs": []} if item["type"] == "message" else {}
         item["content"].append({"type": "output_text" if own else "reasoning_text", "text": "", **own})
-        yield {"type": "response.content_part.added", "item_id": item["id"], "output_index": index, "content_index": 0,
-               "part": item["content"][0]}
+        yield {"type": "response.content_part.added", **place(item, output), "part": item["content"][0]}
 
 
-def addition(item: dict[str, Any], index: int, text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
+def addition(item: dict[str, Any], output: list[dict[str, Any]], text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
     """Add text to an item, and return the event."""
-    where = {"item_id": item["id"], "output_index": index, "delta": text}
     if item["type"] == "function_call":
         item["arguments"] += text
-        return {"type": "response.function_call_arguments.delta", **where}
+        return {"type": "response.function_call_arguments.delta", **place(item, output), "delta": text}
     [part] = item["content"]
     part["text"] += text
-    if item["type"] == "reasoning":
-        return {"type": "response.reasoning_text.delta", **where, "content_index": 0}
-    part["logprobs"] += logprobs
-    return {"type": "response.output_text.delta", **where, "content_index": 0, "logprobs": logprobs}
+    own = {"logprobs": logprobs} if item["type"] == "message" else {}
+    for name, values in own.items():
+        part[name] += values
+    return {"type": f"response.{part['type']}.delta", **place(item, output), "delta": text, **own}
 
 
-def closing(item: dict[str, Any], index: int, status: str) -> Iterable[dict[str, Any]]:
+def closing(item: dict[str, Any], output: list[dict[str, Any]], status: str) -> Iterable[dict[str, Any]]:
     """Yield the events that end an item."""
     item["status"] = status
-    where = {"item_id": item["id"], "output_index": index}
     if item["type"] == "function_call":
-        yield {"type": "response.function_call_arguments.done", **where, "arguments": item["arguments"]}
+        yield {"type": "response.function_call_arguments.done", **place(item, output), "arguments": item["arguments"]}
     else:
         [part] = item["content"]
-        own = {"logprobs": part["logprobs"]} if item["type"] == "message" else {}
-        yield {"type": f"response.{part['type']}.done", **where, "content_index": 0, "text": part["text"], **own}
-        yield {"type": "response.content_part.done", **where, "content_index": 0, "part": part}
-    yield {"type": "response.output_item.done", "output_index": index, "item": item}
+        own = {name: part[name] for name in ("text", "logprobs") if name in part}
+        yield {"type": f"response.{part['type']}.done", **place(item, output), **own}
+        yield {"type": "response.content_part.done", **place(item, output), "part": part}
+    yield {"type": "response.output_item.done", "output_index": len(output) - 1, "item": item}
 
 
 async def response_usage(stream: TokenStream, output_tokens: int, output: list[dict[str, Any]]) -> dict[str, Any]:
@@ -4224,13 +4308,113 @@ async def response_usage(stream: TokenStream, output_tokens: int, output: list[d
             "output_tokens_details": {"reasoning_tokens": min(len(reasoning), output_tokens)}}
 
 
-async def told(response: dict[str, Any], events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
-    """Yield events as they are sent."""
+async def told(live: LiveResponse, events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+    """Yield the events of a response as they are sent; an error becomes the last of them."""
     async with aclosing(events):
-        number = 0
-        async for event in events:
-            yield b"event: %s\ndata: %s\n\n" % (event["type"].encode(), encode({**event, "sequence_number": number}))
-            number += 1
+        try:
+            async for event in events:
+                yield await live.add(event)
+        except Exception as error:
+            yield await fail(live, "failed", for_client(error, "a response"))
+
+
+async def fail(live: LiveResponse, status: str, error: APIError | None) -> bytes:
+    """End a response that did not end by itself; return the event."""
+    live.error, live.response["status"] = error, status
+    if error:
+        code = {429: "rate_limit_exceeded", 400: "invalid_prompt"}.get(error.status, "server_error")
+        live.response["error"] = {"code": code, "message": error_body(error)["error"]["message"]}
+    for item in live.response["output"]:
+        item["status"] = "incomplete" if item["status"] == "in_progress" else item["status"]
+    return await live.add({"type": "response.failed", "response": live.response})
+
+
+async def run_in_background(live: LiveResponse, frames: AsyncIterator[bytes]) -> None:
+    """Make a response, whoever follows; if it is cancelled, or the server ends, then so it says."""
+    app.active += 1
+    try:
+        with live.scope:
+            async with aclosing(frames):
+                async for _ in frames:
+                    pass
+    finally:
+        if not live.ended:
+            stopped = None if live.scope.cancel_called else APIError(503, "The server was shut down.", "shutting_down")
+            with trio.CancelScope(shield=True):
+                await fail(live, "failed" if stopped else "cancelled", stopped)
+        del app.live[live.response["id"]]
+        app.active -= 1
+
+
+async def followed(live: LiveResponse, start: int) -> AsyncIterator[bytes]:
+    """Yield the events of a response from a number on, as they come."""
+    while start < len(live.frames) or not live.ended:
+        if start < len(live.frames):
+            yield live.frames[start]
+            start += 1
+        else:
+            await live.changed.wait()
+
+
+def number_argument(name: str, default: int, low: int, high: float = math.inf) -> int:
+    """Return a number from the query. Raises APIError 400."""
+    text = request.args.get(name, str(default))
+    if not re.fullmatch(r"-?\d{1,18}", text) or not low <= int(text) <= high:
+        raise APIError(400, f"{name} must be a number from {low} to {high}, not {text!r}.", "invalid_value", name)
+    return int(text)
+
+
+@app.get("/v1/responses/<id>")
+async def retrieve_response(id: str) -> Response:
+    """Answer with a response as it is, or with its events after a number."""
+    live = await app.responses.load(id)
+    if request.args.get("stream") not in ("true", "1"):
+        return json_response(live.response)
+    start = number_argument("starting_after", -1, -1) + 1
+    for [packed] in await app.responses.run("SELECT frames FROM responses WHERE id = ?", id) if live.ended else ():
+        live.frames = [frame + b"\n\n" for frame in zlib.decompress(packed).split(b"\n\n")[:-1]]
+    return event_stream(followed(live, start), end=b"")
+
+
+@app.delete("/v1/responses/<id>")
+async def delete_response(id: str) -> Response:
+    """Forget a response, ending it if it is being made."""
+    await stop_response(await app.responses.load(id))
+    await app.responses.run("DELETE FROM responses WHERE id = ?", id)
+    return json_response({"id": id, "object": "response", "deleted": True})
+
+
+@app.post("/v1/responses/<id>/cancel")
+async def cancel_response(id: str) -> Response:
+    """End a background response; one that has ended stays as it is."""
+    live = await app.responses.load(id)
+    if not live.response["background"]:
+        raise APIError(400, "Only background responses can be cancelled.", "invalid_value", "response_id")
+    await stop_response(live)
+    return json_response(live.response)
+
+
+async def stop_response(live: LiveResponse) -> None:
+    live.scope.cancel()
+    while not live.ended:
+        await live.changed.wait()
+
+
+@app.get("/v1/responses/<id>/input_items")
+async def list_input_items(id: str) -> Response:
+    """List the items that a response answers, those of the responses it continues among them; the newest first."""
+    live, order, after = await app.responses.load(id), request.args.get("order", "desc"), request.args.get("after")
+    if order not in ("asc", "desc"):
+        raise APIError(400, "order must be asc or desc.", "invalid_value", "order")
+    items = await app.responses.conversation(live.response["previous_response_id"], "response_id") + live.items
+    items = items if order == "asc" else items[::-1]
+    ids = [item["id"] for item in items]
+    if after is not None and after not in ids:
+        raise APIError(404, f"There is no item {after!r}.", "item_not_found", "after")
+    limit, start = number_argument("limit", 20, 1, 100), 0 if after is None else ids.index(after) + 1
+    page = items[start:start + limit]
+    return json_response({"object": "list", "data": page, "first_id": page[0]["id"] if page else None,
+                          "last_id": page[-1]["id"] if page else None, "has_more": start + limit < len(items)})
 
 
 # ── Models and health ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -4313,7 +4497,7 @@ async def serve(config: Config, listener: socket.socket, stop: trio.Event) -> in
     http.bind = [f"fd://{listener.fileno()}"]
     http.errorlog = None
     http.graceful_timeout = 1.0
-    app.settings, app.draining = config, False
+    app.settings, app.draining, app.live = config, False, {}
     code = 0
     async with trio.open_nursery() as nursery:
         app.models = ModelPool(config, nursery)
@@ -4328,6 +4512,7 @@ async def serve(config: Config, listener: socket.socket, stop: trio.Event) -> in
         try:
             with trio.CancelScope() as starting:
                 nursery.start_soon(cancel_after, stop.wait, starting)
+                app.responses = ResponseStore(config.response_store)
                 await app.models.start()
                 log.info("ready: %s/v1 serves %s", url, ", ".join(map(app.models.public_id, app.models.named)))
         except APIError as error:

@@ -1,5 +1,7 @@
 """Responses: every object and event is the openai SDK's own, its clients work, and what was answered is kept."""
 import json
+import subprocess
+from typing import Literal
 
 import httpx2 as httpx
 import openai
@@ -27,7 +29,8 @@ def known(value: pydantic.BaseModel) -> None:
         part = pending.pop()
         assert not set(part.model_extra or {}) - EXTRA, part
         for field in part.__dict__.values():
-            pending += [item for item in (field if isinstance(field, list) else [field]) if isinstance(item, pydantic.BaseModel)]
+            items = field if isinstance(field, list) else [field]
+            pending += [item for item in items if isinstance(item, pydantic.BaseModel)]
 
 
 def valid(response: dict) -> dict:
@@ -107,7 +110,8 @@ def fold(events: list[dict]) -> dict:
 def same(left: dict, right: dict) -> None:
     """Check that two responses differ in nothing but ids, times and what the cache held."""
     def plain(response: dict) -> dict:
-        text = json.dumps({**response, "created_at": 0, "completed_at": 0, "usage": {**response["usage"], "input_tokens_details": 0}})
+        usage = {**response["usage"], "input_tokens_details": 0}
+        text = json.dumps({**response, "created_at": 0, "completed_at": 0, "usage": usage})
         for item in response["output"]:
             text = text.replace(item["id"], "").replace(item.get("call_id", item["id"]), "")
         return json.loads(text.replace(response["id"], ""))
@@ -124,8 +128,9 @@ LOGPROBS = {"include": ["message.output_text.logprobs"]}
 
 
 @pytest.mark.parametrize("fields", [
-    {}, {"max_output_tokens": 4}, {"temperature": 1, "seed": 5, "top_p": 0.9, "max_output_tokens": 20}, {**LOGPROBS, "top_logprobs": 3},
-    LOGPROBS, {"text": {"format": CITY}}, {"text": {"format": {"type": "json_object"}, "verbosity": "low"}, "max_output_tokens": 30},
+    {}, {"max_output_tokens": 4}, {"temperature": 1, "seed": 5, "top_p": 0.9, "max_output_tokens": 20},
+    {**LOGPROBS, "top_logprobs": 3}, LOGPROBS, {"text": {"format": CITY}},
+    {"text": {"format": {"type": "json_object"}, "verbosity": "low"}, "max_output_tokens": 30},
     {"tools": [WEATHER, CLOCK], "tool_choice": "required", "parallel_tool_calls": False},
     {"tools": [WEATHER, CLOCK], "tool_choice": {"type": "function", "name": "get_weather"}},
     {"tools": [WEATHER], "tool_choice": "required", "max_output_tokens": 12},
@@ -140,9 +145,8 @@ def test_streamed_and_not_are_the_same(server: LocalServer, fields: dict) -> Non
     whole = answer(server, **fields)
     last = fold(read_events(create(server, stream=True, **fields)))
     same(whole, last)
-    for name in ("max_output_tokens", "tools", "tool_choice", "metadata", "user", "safety_identifier", "prompt_cache_key", "store",
-                 "instructions", "reasoning", "parallel_tool_calls", "max_tool_calls", "temperature", "top_p", "top_logprobs"):
-        assert name not in fields or whole[name] == fields[name]
+    for name in fields.keys() & FIELDS - {"text", "service_tier"}:
+        assert whole[name] == fields[name]
     usage = whole["usage"]
     assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"] and usage["output_tokens"] > 0
     cut = whole["status"] == "incomplete"
@@ -163,3 +167,146 @@ def test_streamed_and_not_are_the_same(server: LocalServer, fields: dict) -> Non
             named == "required" or call["name"] == named.get("name", "clock"))
         assert call["name"] == "clock" or json.loads(call["arguments"])["city"] in ("Paris", "Rome")
     server.assert_idle()
+
+
+def client(server: LocalServer | ServerProcess) -> openai.OpenAI:
+    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+
+
+def text_of(response: dict) -> str:
+    return "".join(part["text"] for item in response["output"] if item["type"] == "message" for part in item["content"])
+
+
+class City(pydantic.BaseModel):
+    capital: Literal["Paris", "Rome"]
+
+
+def test_sync_sdk(server: LocalServer) -> None:
+    """The example of `transformers serve`, the streaming helper, parsing, tools of pydantic models."""
+    with client(server) as sdk:
+        story = sdk.responses.create(
+            model="SmolLM2-135M-Instruct", instructions="You are a helpful assistant.", input=QUESTION, stream=True,
+            metadata={"foo": "bar"})
+        events = list(story)
+        assert [event.delta for event in events if event.type == "response.output_text.delta"]
+        assert events[-1].response.output_text == PARIS and events[-1].response.metadata == {"foo": "bar"}
+        assert sdk.responses.create(input=QUESTION, model="").output_text == PARIS
+        with sdk.responses.stream(input=QUESTION, model="", text_format=City) as stream:
+            kinds = [event.type for event in stream]
+            final = stream.get_final_response()
+        assert kinds[0] == "response.created" and final.output_parsed.capital in ("Paris", "Rome")
+        assert sdk.responses.parse(input=QUESTION, model="", text_format=City).output_parsed.capital in ("Paris", "Rome")
+        tool = openai.pydantic_function_tool(City)
+        flat = {"type": "function", **tool["function"]}
+        [call] = sdk.responses.parse(input=QUESTION, model="", tools=[flat], parallel_tool_calls=False,
+                                     tool_choice={"type": "function", "name": "City"}).output
+        assert call.type == "function_call" and call.parsed_arguments.capital in ("Paris", "Rome")
+        with sdk.responses.stream(input=QUESTION, model="", tools=[flat], tool_choice="required",
+                                  parallel_tool_calls=False) as stream:
+            snapshots = [event.snapshot for event in stream if event.type == "response.function_call_arguments.delta"]
+        assert City.model_validate_json(snapshots[-1])
+    server.assert_idle()
+
+
+async def test_async_sdk(server: LocalServer) -> None:
+    async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as sdk:
+        assert (await sdk.responses.create(input=QUESTION, model="")).output_text == PARIS
+        async with sdk.responses.stream(input=QUESTION, model="") as stream:
+            deltas = [event.delta async for event in stream if event.type == "response.output_text.delta"]
+            assert "".join(deltas) == (await stream.get_final_response()).output_text == PARIS
+        parsed = await sdk.responses.parse(input=QUESTION, model="", text_format=City)
+        assert parsed.output_parsed.capital in ("Paris", "Rome")
+        async with await sdk.responses.create(input="Tell a story.", model="", stream=True, extra_body={"ignore_eos": True}) as all:
+            async for event in all:
+                if event.type == "response.output_text.delta":
+                    break  # and leave
+    server.assert_idle()
+
+
+def test_curl(server: LocalServer) -> None:
+    for stream in (False, True):
+        command = ["curl", "-sN", server.url + "/v1/responses", "-H", "Content-Type: application/json", "-d", json.dumps({
+            "model": "SmolLM2-135M-Instruct", "stream": stream, "input": QUESTION, "max_output_tokens": 256})]
+        out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        assert PARIS in out and out.startswith("event: response.created\ndata: {" if stream else "{")
+
+
+def prompt_of(server: LocalServer, monkeypatch: pytest.MonkeyPatch, **fields: object) -> list[dict]:
+    """Return the messages that a request comes to: those of `render_chat`."""
+    seen = []
+    real = serve.render_chat
+    with monkeypatch.context() as patch:
+        patch.setattr(serve, "render_chat", lambda model, messages, *rest, **more: seen.append(messages) or real(
+            model, messages, *rest, **more))
+        answer(server, max_output_tokens=1, **fields)
+    return seen[0]
+
+
+CALL = {"type": "function_call", "call_id": "call_1", "name": "get_weather", "arguments": '{"city": "Paris"}'}
+OUTPUT = {"type": "function_call_output", "call_id": "call_1", "output": "21 degrees"}
+SAID = {"type": "output_text", "text": "It is ", "annotations": []}
+INPUTS = [  # items → messages
+    ("Hi", [("user", "Hi")]),
+    ([{"role": "user", "content": "Hi"}], [("user", "Hi")]),
+    ([{"role": "developer", "content": "Be brief"}, {"type": "message", "role": "user", "content": [
+        {"type": "input_text", "text": "H"}, {"type": "input_text", "text": "i"}]}], [("developer", "Be brief"), ("user", "Hi")]),
+    ([{"type": "input_text", "text": "H"}, {"type": "input_text", "text": "i"}, {"role": "user", "content": "you"},
+      {"type": "input_text", "text": "!"}], [("user", "Hi"), ("user", "you"), ("user", "!")]),
+    ([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": [SAID, {"type": "refusal", "refusal": "no"}]},
+      {"role": "user", "content": "Why"}], [("user", "Hi"), ("assistant", "It is no"), ("user", "Why")]),
+    ([{"role": "user", "content": "Hi"}, {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "Hm."}]},
+      {"role": "assistant", "content": "I look."}, CALL, {**CALL, "call_id": "x"}, OUTPUT, {**OUTPUT, "output": [
+          {"type": "input_text", "text": "22"}], "call_id": "x"}],
+     [("user", "Hi"), ("assistant", "I look.", "Hm.", ["1", "x"]), ("tool", "21 degrees", "1"), ("tool", "22", "x")]),
+    ([{"role": "user", "content": "Hi"}, CALL, OUTPUT, {"role": "assistant", "content": "21."}, {
+        "type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "Now"}], "encrypted_content": None},
+      {**CALL, "call_id": "call_2"}, {**OUTPUT, "call_id": "call_2"}],
+     [("user", "Hi"), ("assistant", ["1"]), ("tool", "21 degrees", "1"), ("assistant", "21."), ("assistant", "Now", ["2"]),
+      ("tool", "21 degrees", "2")]),
+]
+
+
+@pytest.mark.parametrize("given, expected", INPUTS, ids=str)
+def test_items_become_messages(server: LocalServer, monkeypatch: pytest.MonkeyPatch, given: object, expected: list) -> None:
+    def plain(message: dict) -> tuple:
+        content = message.get("content")
+        if isinstance(content, list):
+            content = "".join(part.get("text", part.get("refusal")) for part in content)
+        calls = [call["id"] for call in message.get("tool_calls", ())]
+        values = (message["role"], content, message.get("reasoning_content"), calls, message.get("tool_call_id"))
+        return tuple(value for value in values if value)
+
+    assert [plain(message) for message in prompt_of(server, monkeypatch, input=given)] == expected
+    first, *rest = prompt_of(server, monkeypatch, input=given, instructions="Be kind.")
+    assert first == {"role": "system", "content": "Be kind."} and [plain(message) for message in rest] == expected
+
+
+REFUSED = [  # fields → param
+    *[({name: value}, name) for name, value in [
+        ("input", None), ("input", []), ("input", 5), ("n", 2), ("max_tokens", 5), ("prompt", {"id": "p"}), ("conversation", "c"),
+        ("max_output_tokens", 0), ("top_logprobs", 3), ("truncation", "some"), ("background", "yes"), ("metadata", {"a": 1}),
+        ("metadata", {"a" * 65: "b"}), ("metadata", {str(i): "" for i in range(17)}), ("service_tier", "flex"),
+        ("tool_choice", "required"), ("tool_choice", {"type": "web_search"}), ("tool_choice", {"type": "function", "name": "f"}),
+        ("moderation", {"model": "m"}), ("stream_options", {}), ("temperature", 3), ("previous_response_id", 5),
+        ("include", ["reasoning.encrypted_content"]), ("text", {"format": {"type": "json_schema"}}), ("tools", [WEATHER, WEATHER])]],
+    ({"include": ["file_search_call.results"]}, "include"), ({"text": {"verbosity": "huge"}}, "text.verbosity"),
+    ({"text": {"format": {"type": "grammar"}}}, "text.format.type"), ({"reasoning": {"summary": "detailed"}}, "reasoning.summary"),
+    ({"reasoning": {"effort": "high"}}, "reasoning.effort"), ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+    ({"tools": [{"type": "function", "name": "f g"}]}, "tools[0].function.name"),
+    ({"text": {"format": {**CITY, "schema": {"type": "no"}}}}, "text.format"),
+    ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+    ({"background": True, "store": False}, "background"),
+    *[({"input": [{"role": "user", "content": "Hi"}, item]}, "input[1]") for item in [
+        {"type": "web_search_call"}, {"role": "tool", "content": "x"}, {"role": "user"}, OUTPUT, {"type": 5}, {"type": ["a"]},
+        {"type": "function_call", "name": "f"}, {"role": "user", "content": ["x"]}, {"type": "reasoning", "content": ["x"]},
+        {"type": "reasoning", "encrypted_content": "x"}, {"type": "input_image", "file_id": "f"}]],
+    *[({"input": [{"role": "user", "content": [part]}]}, "input") for part in [
+        {"type": "input_file", "file_url": "http://x"}, {"type": "input_text"}, {"type": "input_image", "image_url": "http://x"}]],
+]
+
+
+@pytest.mark.parametrize("fields, param", REFUSED, ids=str)
+def test_refused_by_name(server: LocalServer, fields: dict, param: str) -> None:
+    response = create(server, **fields)
+    error = response.json()["error"]
+    assert response.status_code == 400 and error["param"] == param, error
