@@ -3246,11 +3246,12 @@ async def wait_for_servers(servers: Iterable[ToolServer]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ServerTool:
-    """A tool that is run here."""
+    """A tool that is run here, if need be when a client has approved of it."""
 
     server: ToolServer
-    name: str  # by which the server knows it
+    listed: Any  # as the server describes it
     definition: dict[str, Any]  # as chat templates have it, with the name by which the model knows it
+    needs_approval: bool = False
 
 
 async def server_tools(servers: Iterable[ToolServer], taken: set[str]) -> dict[str, ServerTool]:
@@ -3263,7 +3264,7 @@ async def server_tools(servers: Iterable[ToolServer], taken: set[str]) -> dict[s
             free = (name[:64] for name in (plain, f"{server.label}__{plain}") if name[:64] not in taken | tools.keys())
             if name := next(free, None):  # the third of a name is left out
                 function = {"name": name, "description": tool.description or "", "parameters": tool.input_schema}
-                tools[name] = ServerTool(server, tool.name, {"type": "function", "function": function})
+                tools[name] = ServerTool(server, tool, {"type": "function", "function": function})
     return tools
 
 
@@ -3395,63 +3396,66 @@ async def converse(engine: Engine | AdaptedEngine, render: Callable[[], Prompt],
     return stream, deltas(stream, False, hidden, make_reader if template else lambda: None)
 
 
-@dataclass(frozen=True, slots=True)
-class Called:
-    """A call that was run here between two turns of the model."""
-
-    call: int  # which of its turn's
-    result: CallResult
-
-
 async def take_turns(ask: Callable[[list[dict[str, Any]], SamplingParams, ToolUse], Awaitable[Turn]],
                      messages: list[dict[str, Any]], sampling: SamplingParams, use: ToolUse, tools: dict[str, ServerTool],
-                     max_calls: int = MAX_SERVER_CALLS) -> tuple[list[TokenStream], AsyncIterator[Delta | Called]]:
-    """Ask the model, and go on for as long as it calls nothing but `tools`: these are run here, and it is asked again.
+                     max_calls: int = MAX_SERVER_CALLS, approved: list[dict[str, Any]] | None = None,
+                     ) -> tuple[list[TokenStream], AsyncIterator[Delta | CallResult]]:
+    """Ask the model, and go on for as long as all that it calls are `tools` that may run: they are, and it is asked again.
 
-    Returns the turns' streams, to which the later ones are added, and what comes of all turns. Only the first is bound to
-    call a tool. There is one answer, unless there are no `tools`. Raises APIError 400, 429 for the first turn.
+    Returns the turns' streams, to which the later ones are added, and what comes of all turns. Before the first the approved
+    calls are run; it alone is bound to call a tool. With `tools` there is one answer. Raises APIError 400, 429.
     """
-    stream, found = await ask(messages, sampling, use)
-    streams = [stream]
-    return streams, turns(ask, messages, sampling, use, tools, max_calls, streams, found) if tools else found
+    streams: list[TokenStream] = []
 
-
-async def turns(ask: Callable[..., Awaitable[Turn]], messages: list[dict[str, Any]], sampling: SamplingParams, use: ToolUse,
-                tools: dict[str, ServerTool], max_calls: int, streams: list[TokenStream],
-                found: AsyncIterator[Delta]) -> AsyncIterator[Delta | Called]:
-    """Yield the deltas of turn after turn, and the calls between them; of finish reasons, the last turn's only."""
-    while True:
-        said: dict[str, Any] = {"role": "assistant", "content": ""}
-        async with aclosing(found):
-            async for part in found:
-                fold_message(said, message_delta(part.pieces))
-                calls, reason = said.get("tool_calls", ()), part.finish_reason
-                if sampling.max_tokens is not None:
-                    sampling = replace(sampling, max_tokens=sampling.max_tokens - part.num_tokens)
-                if again := reason == "tool_calls" and all(call["function"]["name"] in tools for call in calls):
-                    again, reason = sampling.max_tokens != 0, None if sampling.max_tokens != 0 else "length"
-                yield replace(part, finish_reason=reason)
-        if not again:
-            return
-        messages = [*messages, {**said, "tool_calls": calls[:max_calls]}]
-        for i, call in enumerate(calls[:max_calls]):
-            tool = tools[call["function"]["name"]]
-            result = await tool.server.call(tool.name, call["function"]["arguments"])
-            messages.append({"role": "tool", "tool_call_id": call["id"], "content": result.text})
-            yield Called(i, result)
-        max_calls -= len(calls[:max_calls])
-        offered = [tool for tool in use.offered if max_calls or tool["function"]["name"] not in tools]
-        use = replace(use, offered=offered, forced=[])
+    async def turn() -> AsyncIterator[Delta]:
         stream, found = await ask(messages, sampling, use)
         streams.append(stream)
+        return found
+
+    async def turns(found: AsyncIterator[Delta] | None) -> AsyncIterator[Delta | CallResult]:
+        nonlocal messages, sampling, use, max_calls
+        said: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": approved}
+        while True:
+            if found is None:
+                calls = said["tool_calls"] = said["tool_calls"][:max_calls]
+                messages = [*messages, said]
+                for call in calls:
+                    tool = tools[call["function"]["name"]]
+                    result = await tool.server.call(tool.listed.name, call["function"]["arguments"])
+                    messages.append({"role": "tool", "tool_call_id": call["id"], "content": result.text})
+                    yield result
+                max_calls -= len(calls)
+                offered = [tool for tool in use.offered if max_calls or tool["function"]["name"] not in tools]
+                use = replace(use, offered=offered)
+                found = await turn()
+            said = {"role": "assistant", "content": ""}
+            async with aclosing(found):
+                async for part in found:
+                    fold_message(said, message_delta(part.pieces))
+                    if sampling.max_tokens is not None:
+                        sampling = replace(sampling, max_tokens=sampling.max_tokens - part.num_tokens)
+                    reason = part.finish_reason
+                    if again := reason == "tool_calls" and all(map(may_run, said["tool_calls"])):
+                        again, reason = sampling.max_tokens != 0, None if sampling.max_tokens != 0 else "length"
+                    yield replace(part, finish_reason=reason)
+            if not again:
+                return
+            found, use = None, replace(use, forced=[])
+
+    def may_run(call: dict[str, Any]) -> bool:
+        tool = tools.get(call["function"]["name"])
+        return tool is not None and not tool.needs_approval
+
+    found = None if approved else await turn()
+    return streams, turns(found) if tools else found
 
 
-async def without_calls(found: AsyncIterator[Delta | Called], tools: dict[str, ServerTool]) -> AsyncIterator[Delta]:
+async def without_calls(found: AsyncIterator[Delta | CallResult], tools: dict[str, ServerTool]) -> AsyncIterator[Delta]:
     """Yield the deltas without what was run here, or might have been: a client sees the calls of its own tools only."""
     numbers: dict[int, int] = {}
     async with aclosing(found):
         async for part in found:
-            if isinstance(part, Called):
+            if isinstance(part, CallResult):
                 continue
             for piece in part.pieces:
                 if piece.kind == "call" and piece.text not in tools:

@@ -93,7 +93,7 @@ async def test_calls(process: Process, monkeypatch: pytest.MonkeyPatch, caplog: 
     async with running(process.settings) as server:
         tools = await serve.server_tools([server], {"fail"})
         assert server.status == "ready" and {"capital", "hang", "test__fail", "megabyte"} <= tools.keys()
-        assert tools["test__fail"].name == "fail" and tools["test__fail"].definition["function"]["name"] == "test__fail"
+        assert tools["test__fail"].listed.name == "fail" and tools["test__fail"].definition["function"]["name"] == "test__fail"
         assert tools["capital"].definition["function"]["parameters"]["properties"]["country"]["enum"] == ["France", "Italy"]
         assert await server.call("capital", '{"country": "Italy"}') == serve.CallResult("Rome", False)
         for name, arguments, said in [("capital", '{"country": "Mars"}', "Input should be"), ("fail", "{}", "fail"),
@@ -349,12 +349,12 @@ def test_a_client_that_leaves_cancels_the_call(local: Local, streamed: bool) -> 
 
 
 def test_what_the_client_sees_of_calls() -> None:
-    async def found() -> AsyncIterator[serve.Delta | serve.Called]:
+    async def found() -> AsyncIterator[serve.Delta | serve.CallResult]:
         def part(*pieces: serve.Piece) -> serve.Delta:
             return serve.Delta(0, "", [], 1, None, [], pieces)
 
         yield part(serve.Piece("content", "a"), serve.Piece("call", "mine", 0), serve.Piece("arguments", "{}", 0))
-        yield serve.Called(0, serve.CallResult("x", False))
+        yield serve.CallResult("x", False)
         yield part(serve.Piece("call", "mine", 0), serve.Piece("arguments", "{1", 0), serve.Piece("call", "yours", 1))
         yield part(serve.Piece("arguments", "{2", 1), serve.Piece("reasoning", "b"))
 
