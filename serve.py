@@ -268,6 +268,8 @@ class Config:
                                    'have it: {"mcpServers": {NAME: {"command", "args", "env"} or {"url", "headers"}}}',
                                    tool_servers, metavar="FILE")
     mcp_auto: bool = flag(False, "tools", "offer these tools in every chat completion, and run them inside the request")
+    allow_remote_mcp: bool = flag(False, "tools", "let requests to /v1/responses name an MCP server by its address, whichever "
+                                  "address this machine can reach")
     mcp_timeout: float = flag(60.0, "tools", "seconds that one call of a tool may take", at_least(0.1, float))
     mcp_max_result: int = flag(16384, "tools", "characters of a tool's result that the model gets to read", at_least(1))
 
@@ -2810,6 +2812,7 @@ class App(QuartTrio):
     settings: Config
     rendering = trio.CapacityLimiter(4)  # threads that turn messages into tokens
     tool_servers: dict[str, ToolServer]
+    remote_servers: dict[bytes, ToolServer]
     responses: ResponseStore
     live: dict[str, LiveResponse]  # those that are made in the background
     draining = False
@@ -3083,6 +3086,7 @@ MCP_WAIT = 10.0  # seconds that a request waits for servers that are starting
 MCP_CONNECT = 60.0  # seconds to start and to tell its tools: a server may have to be downloaded first
 MCP_LOOK = 30.0  # seconds between two looks at a server's tools, which show that it lives
 MAX_SERVER_CALLS = 32  # of tools that are run here, in one answer
+MAX_REMOTE, REMOTE_IDLE = 64, 600.0  # servers that requests name, and seconds for which one is kept without such a request
 MAX_MCP_MESSAGE = 16 << 20  # bytes of an event that comes over HTTP
 
 
@@ -3104,6 +3108,7 @@ class ToolServer:
     reason: str | None = None  # why it failed or is lost
     tools: list[Any] = field(default_factory=list)  # as the server describes them
     client: Any = None
+    last_used: float = 0.0
     settled: trio.Event = field(default_factory=trio.Event)  # it is known how it is
     suspect: trio.Event = field(default_factory=trio.Event)  # its tools may have changed, or it may be dead
 
@@ -3254,18 +3259,41 @@ class ServerTool:
     needs_approval: bool = False
 
 
-async def server_tools(servers: Iterable[ToolServer], taken: set[str]) -> dict[str, ServerTool]:
+async def server_tools(servers: Iterable[ToolServer], taken: list[Any], about: str | None = None) -> dict[str, ServerTool]:
     """Return the tools of servers by the names that the model calls them by: after the label if the mere name is taken."""
     await wait_for_servers(servers)
     tools: dict[str, ServerTool] = {}
     for server in servers:
         for tool in server.tools:
             plain = re.sub(r"[^a-zA-Z0-9_-]", "_", tool.name)
-            free = (name[:64] for name in (plain, f"{server.label}__{plain}") if name[:64] not in taken | tools.keys())
+            free = (name[:64] for name in (plain, f"{server.label}__{plain}") if name[:64] not in (*taken, *tools))
             if name := next(free, None):  # the third of a name is left out
-                function = {"name": name, "description": tool.description or "", "parameters": tool.input_schema}
+                function = {"name": name, "description": " ".join(filter(None, (about, tool.description))),
+                            "parameters": tool.input_schema}
                 tools[name] = ServerTool(server, tool, {"type": "function", "function": function})
     return tools
+
+
+async def remote_server(label: str, settings: ToolServerSettings) -> ToolServer:
+    """Return a server that a request names by its address, connected until nobody has asked for it for a while."""
+    key = encode((label, settings))
+    if key not in app.remote_servers:
+        if len(app.remote_servers) >= MAX_REMOTE:
+            raise APIError(429, "There are connections to too many MCP servers: try again later.", "queue_full", "tools")
+        app.remote_servers[key] = ToolServer(label, settings)
+        app.models.nursery.start_soon(run_while_used, key)
+    app.remote_servers[key].last_used = trio.current_time()
+    return app.remote_servers[key]
+
+
+async def run_while_used(key: bytes) -> None:
+    async with trio.open_nursery() as nursery:
+        server = app.remote_servers[key]
+        nursery.start_soon(server.run)
+        while (left := server.last_used + REMOTE_IDLE - trio.current_time()) > 0:
+            await trio.sleep(left)
+        del app.remote_servers[key]
+        nursery.cancel_scope.cancel()
 
 
 @app.get("/v1/mcp/servers")
@@ -3362,7 +3390,7 @@ async def own_tools(body: ChatRequest) -> dict[str, ServerTool]:
     """Return the tools to run inside a chat completion, by name: there are none where an answer has no next turn."""
     if not app.settings.mcp_auto or body.tool_choice == "none" or (body.n or 1) > 1 or body.continue_final_message:
         return {}
-    return await server_tools(app.tool_servers.values(), set(tool_names(body.tools or [])))
+    return await server_tools(app.tool_servers.values(), tool_names(body.tools or []))
 
 
 @dataclass(frozen=True, slots=True)
@@ -4033,8 +4061,12 @@ async def create_response() -> Response:
     live = LiveResponse(new_response(body, engine.model, sampling))
     past = await app.responses.conversation(body.previous_response_id, "previous_response_id")
     live.items = await read_input(body.input, live.response["id"])
-    stream, found = await response_turn(engine, body, sampling, read_items(past, live.items, body.instructions))
-    events = told(live, response_events(live.response, stream, found))
+    messages = read_items(past, live.items, body.instructions)
+    tools, lists = await mcp_tools(body, past + live.items)
+    approved = approved_calls(past + live.items, tools)
+    streams, found = await take_turns(functools.partial(response_turn, engine, body), messages, sampling,
+                                      response_tools(body, tools), tools, body.max_tool_calls or MAX_SERVER_CALLS, approved)
+    events = told(live, response_events(live.response, streams, found, tools, lists, approved))
     if body.background:
         await app.responses.save(live.response, live.items, [])
         app.live[live.response["id"]] = live
@@ -4050,10 +4082,9 @@ async def create_response() -> Response:
     return json_response(live.response)
 
 
-async def response_turn(engine: Engine | AdaptedEngine, body: ResponseRequest, sampling: SamplingParams,
-                        messages: list[dict[str, Any]]) -> tuple[TokenStream, AsyncIterator[Delta]]:
+async def response_turn(engine: Engine | AdaptedEngine, body: ResponseRequest, messages: list[dict[str, Any]],
+                        sampling: SamplingParams, use: ToolUse) -> Turn:
     """Put a response's conversation to the model. Raises APIError 400, 429."""
-    use = response_tools(body)
     kwargs = template_kwargs(engine.model, body.reasoning.effort, body.chat_template_kwargs, "reasoning.effort")
     render = functools.partial(render_chat, engine.model, continue_final=False, kwargs=kwargs, tools=use.offered)
     if body.truncation == "auto":
@@ -4074,7 +4105,8 @@ def new_response(body: ResponseRequest, model: Model, sampling: SamplingParams) 
         "status": "queued" if body.background else "in_progress", "background": bool(body.background), "error": None,
         "incomplete_details": None, "model": app.models.public_id(model.id), "output": [], "usage": None,
         "store": body.store is not False, "metadata": body.metadata or {}, "service_tier": "default",
-        "tools": body.tools or [], "tool_choice": body.tool_choice or "auto",
+        "tools": [{name: tool[name] for name in tool if name not in SECRETS} for tool in body.tools or ()],
+        "tool_choice": body.tool_choice or "auto",
         "parallel_tool_calls": body.parallel_tool_calls is not False, "truncation": body.truncation or "disabled",
         "text": {"format": msgspec.to_builtins(body.text.format or TextFormat("text")),
                  "verbosity": body.text.verbosity or "medium"},
@@ -4084,9 +4116,124 @@ def new_response(body: ResponseRequest, model: Model, sampling: SamplingParams) 
     }
 
 
+SECRETS = ("headers", "authorization")  # of an MCP server: neither shown nor kept
+
+
+class ToolFilter(msgspec.Struct):
+    tool_names: list[str] | None = None
+    read_only: bool | None = None
+
+    def takes(self, tool: Any) -> bool:
+        """Return whether a tool, as its server describes it, is meant."""
+        read_only = bool(tool.annotations and tool.annotations.read_only_hint)
+        return (self.tool_names is None or tool.name in self.tool_names) and self.read_only in (None, read_only)
+
+
+class ApprovalFilters(msgspec.Struct):
+    always: ToolFilter | None = None
+    never: ToolFilter | None = None
+
+
+class McpTools(msgspec.Struct):
+    """The tools of an MCP server, as a request asks for them."""
+
+    server_label: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}\Z")]
+    server_url: Annotated[str, Meta(pattern="^https?://")] | None = None
+    server_description: str | None = None
+    authorization: str | None = None
+    headers: dict[str, str] | None = None
+    allowed_tools: list[str] | ToolFilter | None = None
+    require_approval: Literal["always", "never"] | ApprovalFilters | None = None
+    connector_id: str | None = None
+    tunnel_id: str | None = None
+    defer_loading: bool | None = None
+    allowed_callers: list[str] | None = None
+
+    async def server(self) -> ToolServer:
+        """Return the server. Raises APIError 400."""
+        refuse(self, {"connector_id": (), "tunnel_id": (), "defer_loading": (False,), "allowed_callers": (["direct"],)})
+        if self.server_url:
+            if not app.settings.allow_remote_mcp:
+                refuse(self, {"server_url": ()})
+            bearer = {"Authorization": f"Bearer {self.authorization}"} if self.authorization else {}
+            return await remote_server(self.server_label, ToolServerSettings(url=self.server_url,
+                                                                             headers={**(self.headers or {}), **bearer}))
+        refuse(self, dict.fromkeys(SECRETS, ()))  # the connection is everybody's
+        if self.server_label not in app.tool_servers:
+            raise APIError(400, f"There is no MCP server {self.server_label!r} here.", "invalid_value", "tools")
+        return app.tool_servers[self.server_label]
+
+    def allows(self, tool: Any) -> bool:
+        allowed = ToolFilter(self.allowed_tools) if isinstance(self.allowed_tools, list) else self.allowed_tools
+        return allowed is None or allowed.takes(tool)
+
+    def needs_approval(self, tool: Any) -> bool:
+        """Return whether a client must approve of a tool's calls: it must, where nothing else is said."""
+        rule = self.require_approval
+        if not isinstance(rule, ApprovalFilters):
+            return rule != "never"
+        if rule.never and rule.never.takes(tool):
+            return False
+        return rule.never is not None or rule.always is None or rule.always.takes(tool)
+
+
+async def mcp_tools(body: ResponseRequest,
+                    items: list[dict[str, Any]]) -> tuple[dict[str, ServerTool], list[dict[str, Any]]]:
+    """Return the tools of MCP servers by the names that the model calls them by, and the lists that are not among the items.
+
+    Raises APIError 400.
+    """
+    try:
+        asked = msgspec.convert([tool for tool in body.tools or () if tool.get("type") == "mcp"], list[McpTools])
+    except msgspec.ValidationError as error:
+        raise APIError(400, f"tools: {error}", "invalid_value", "tools") from None
+    servers = [await mcp.server() for mcp in asked]
+    await wait_for_servers(servers)
+    taken = [tool.get("name") for tool in body.tools or ()]
+    known = [item.get("server_label") for item in items if item["type"] == "mcp_list_tools"]
+    tools: dict[str, ServerTool] = {}
+    lists = []
+    for mcp, server in zip(asked, servers):
+        own = await server_tools([server], [*taken, *tools], mcp.server_description)
+        tools |= {name: replace(tool, needs_approval=mcp.needs_approval(tool.listed)) for name, tool in own.items()
+                  if mcp.allows(tool.listed)}
+        listed = [{"name": tool.name, "description": tool.description, "input_schema": tool.input_schema,
+                   "annotations": tool.annotations and tool.annotations.model_dump(by_alias=True, exclude_none=True)}
+                  for tool in server.tools if mcp.allows(tool)]
+        error = None if server.status == "ready" else f"The MCP server is not running: {server.reason or 'it is starting'}"
+        if mcp.server_label not in known:
+            lists.append({"type": "mcp_list_tools", "server_label": mcp.server_label, "tools": listed, "error": error})
+    return tools, lists
+
+
+def approved_calls(items: list[dict[str, Any]], tools: dict[str, ServerTool]) -> list[dict[str, Any]]:
+    """Return the calls that were approved of and not yet run, as a chat's. Raises APIError 400."""
+    requests = {item["id"]: item for item in items if item["type"] == "mcp_approval_request"}
+    run = {item.get("approval_request_id") for item in items if item["type"] == "mcp_call"}
+    approved = (item["approval_request_id"] for item in items if item["type"] == "mcp_approval_response" and item["approve"])
+    calls = []
+    for call in (requests[id] for id in approved if id not in run):
+        name = next(iter(meant(call, tools)), None)
+        if name is None:
+            raise APIError(400, f"The tool {call['name']!r} that was approved of is not among tools.", "invalid_value", "tools")
+        calls.append({"id": short_id(call["id"]), "type": "function", "approval_request_id": call["id"],
+                      "function": {"name": name, "arguments": call["arguments"]}})
+    return calls
+
+
+def meant(choice: dict[str, Any], tools: dict[str, ServerTool]) -> list[str]:
+    """Return the names of the tools that a choice means: a function, a tool of an MCP server, or all of one."""
+    if "server_label" not in choice:
+        return [choice.get("name")]
+    return [name for name, tool in tools.items() if tool.server.label == choice["server_label"]
+            and choice.get("name") in (None, tool.listed.name)]
+
+
 def item_id(kind: str, response_id: str, place: str | int) -> str:
     """Return the id of a response's item, which tells whose it is."""
-    prefix = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco"}.get(kind, kind)
+    prefixes = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco", "mcp_call": "mcp",
+                "mcp_list_tools": "mcpl", "mcp_approval_request": "mcpr", "mcp_approval_response": "mcpa"}
+    prefix = prefixes.get(kind, kind)
     return f"{prefix}_{response_id.partition('_')[2]}_{place}"
 
 
@@ -4116,7 +4263,7 @@ async def read_input(given: str | list[dict[str, Any]], response_id: str) -> lis
 def read_items(past: list[dict[str, Any]], items: list[dict[str, Any]], instructions: str | None) -> list[dict[str, Any]]:
     """Return a conversation's items, past and new, as the messages of a chat. Raises APIError 400."""
     messages = [] if instructions is None else [{"role": "system", "content": instructions}]
-    calls = set()
+    calls, requests = set(), {}
     for i, item in enumerate(past + items, -len(past)):
         where = f"input[{i}]"
         match item:
@@ -4136,6 +4283,16 @@ def read_items(past: list[dict[str, Any]], items: list[dict[str, Any]], instruct
             case {"type": "function_call_output", "call_id": str(id), "output": str() | list() as output} if id in calls:
                 output = output if isinstance(output, str) else chat_parts(output, where)
                 messages.append({"role": "tool", "tool_call_id": id.removeprefix("call_"), "content": output})
+            case {"type": "mcp_list_tools"}:
+                pass
+            case {"type": "mcp_approval_request", "id": str(id), "name": str(), "arguments": str(), "server_label": str()}:
+                requests[id] = item
+            case {"type": "mcp_approval_response", "approval_request_id": str(id), "approve": bool(approve)} if id in requests:
+                if not approve:
+                    past_call(messages, id, requests[id], item.get("reason") or "The user did not approve of this call.")
+            case {"type": "mcp_call", "id": str(id), "name": str(), "arguments": str()}:
+                if (text := call_text(item)) is not None:
+                    past_call(messages, id, item, text)
             case {"type": "function_call_output", "call_id": str(id)} if id not in calls:
                 raise APIError(400, f"No function call has the call_id {id!r}.", "invalid_value", where)
             case _:
@@ -4155,6 +4312,26 @@ def say(messages: list[dict[str, Any]], field: str, value: Any) -> None:
     last[field] = last.get(field, []) + value if field == "tool_calls" else value
 
 
+def past_call(messages: list[dict[str, Any]], id: str, item: dict[str, Any], text: str) -> None:
+    """Add a call that was run here, and its result."""
+    call = {"id": short_id(id), "type": "function", "function": {"name": item["name"], "arguments": item["arguments"]}}
+    say(messages, "tool_calls", [call])
+    messages.append({"role": "tool", "tool_call_id": short_id(id), "content": text})
+
+
+def short_id(id: str) -> str:
+    """Return an id of nine letters and digits: Mistral's templates take no others."""
+    return f"{zlib.crc32(id.encode()):09x}"
+
+
+def call_text(item: dict[str, Any]) -> str | None:
+    """Return what came of an MCP call; None if it was not run."""
+    match item:
+        case {"output": str(text)} | {"error": {"content": [{"text": str(text)}]}}:
+            return text
+    return item.get("error") and encode(item["error"]).decode()
+
+
 def chat_parts(parts: list[Any], where: str) -> list[dict[str, Any]]:
     """Return the parts of an item's content as chat completions spell them. Raises APIError 400."""
     if not all(isinstance(part, dict) for part in parts) or any(part.get("file_id") is not None for part in parts):
@@ -4164,17 +4341,25 @@ def chat_parts(parts: list[Any], where: str) -> list[dict[str, Any]]:
             if part.get("type") == "input_image" else part for part in parts]
 
 
-def response_tools(body: ResponseRequest) -> ToolUse:
+def response_tools(body: ResponseRequest, own: dict[str, ServerTool]) -> ToolUse:
     """Return what a request's tools and its choice of them ask for. Raises APIError 400."""
     tools = [{"type": tool.get("type"), "function": {name: value for name, value in tool.items() if name != "type"}}
-             for tool in body.tools or ()]
+             for tool in body.tools or () if tool.get("type") != "mcp"] + [tool.definition for tool in own.values()]
     match body.tool_choice:
         case None | "none" | "auto" | "required" as choice:
             pass
         case {"type": "function", "name": str(name)}:
             choice = Tool("function", Function(name))
+        case {"type": "mcp", "server_label": str()} as chosen:
+            names = meant(chosen, own)
+            forced = [own[name].definition for name in names]
+            if not forced:
+                raise APIError(400, f"tool_choice {chosen!r} is of none of the tools.", "invalid_value", "tool_choice")
+            use = tool_use(tools, "auto", body.parallel_tool_calls)
+            return replace(use, forced=forced, max_calls=1 if chosen.get("name") else use.max_calls)
         case {"type": "allowed_tools", "mode": "auto" | "required" as choice, "tools": list(allowed)}:
-            names = [tool.get("name") for tool in allowed if isinstance(tool, dict) and tool.get("type") == "function"]
+            names = [name for tool in allowed if isinstance(tool, dict) and tool.get("type") in ("function", "mcp")
+                     for name in meant(tool, own)]
             tools = [tool for tool in tools if tool["function"].get("name") in names]
         case other:
             raise APIError(400, f"tool_choice {other!r} is not supported here.", "invalid_value", "tool_choice")
@@ -4204,15 +4389,19 @@ def render_fitting(render: Callable[[list], Prompt], max_len: int, kept: int, me
     return render(messages[:kept] + messages[first:])
 
 
-async def response_events(response: dict[str, Any], stream: TokenStream,
-                          found: AsyncIterator[Delta]) -> AsyncIterator[dict[str, Any]]:
+async def response_events(response: dict[str, Any], streams: list[TokenStream], found: AsyncIterator[Delta | CallResult],
+                          tools: dict[str, ServerTool], lists: list[dict[str, Any]],
+                          approved: list[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
     """Yield the events of a response; they show it, and its items, as they are at the time, and are to be encoded then."""
     yield {"type": "response.created", "response": response}
     if response["status"] == "queued":
         yield {"type": "response.queued", "response": response}
         response["status"] = "in_progress"
     yield {"type": "response.in_progress", "response": response}
-    async with aclosing(answer_events(response, stream, found)) as events:
+    for listed in lists:
+        for event in list_events(response, listed):
+            yield event
+    async with aclosing(answer_events(response, streams, found, tools, approved)) as events:
         async for event in events:
             yield event
     cut = response["incomplete_details"] is not None
@@ -4220,66 +4409,121 @@ async def response_events(response: dict[str, Any], stream: TokenStream,
     yield {"type": f"response.{response['status']}", "response": response}
 
 
-async def answer_events(response: dict[str, Any], stream: TokenStream,
-                        found: AsyncIterator[Delta]) -> AsyncIterator[dict[str, Any]]:
-    """Yield the events of one answer of the model, and add its items and its tokens to the response."""
-    [seq], output, num_tokens = stream.sequences, response["output"], 0
+def list_events(response: dict[str, Any], listed: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    """Add the list of a server's tools to the response, and yield the events."""
+    output = response["output"]
+    item = {"id": item_id("mcp_list_tools", response["id"], len(output)), **listed, "tools": []}
+    output.append(item)
+    yield from opening(item, output)
+    item |= listed
+    yield {"type": "response.mcp_list_tools." + ("failed" if item["error"] else "completed"), **place(item, output)}
+    yield from done(item, output, "completed")
+
+
+async def answer_events(response: dict[str, Any], streams: list[TokenStream], found: AsyncIterator[Delta | CallResult],
+                        tools: dict[str, ServerTool], approved: list[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
+    """Yield the events of one answer of the model, in its turns, and add its items and its tokens to the response."""
+    output, num_tokens = response["output"], 0
     item: dict[str, Any] | None = None  # the one that is being written
     unsaid: list[Token] = []  # those whose text is held back
+    to_run: deque[dict[str, Any]] = deque()  # calls
+    for call in approved:
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        item = new_item("mcp_call", item_id("mcp_call", response["id"], len(output)), name, tools)
+        item["approval_request_id"] = call["approval_request_id"]
+        output.append(item)
+        to_run.append(item)
+        for event in (*opening(item, output), addition(item, output, arguments, []), *closing(item, output, "completed")):
+            yield event
+        item = None
     async with aclosing(found):
         async for part in found:
+            if isinstance(part, CallResult):
+                for event in closing(item, output, "completed") if item else ():
+                    yield event
+                item = None
+                for event in run_events(to_run.popleft(), output, part):
+                    yield event
+                continue
             num_tokens += part.num_tokens
+            [seq], model = streams[-1].sequences, streams[-1].engine.model
             unsaid += part.tokens if seq.sampling.logprobs is not None else ()
             pieces = part.pieces
             if part.finish_reason and not pieces and (item is None or unsaid and item["type"] == "message"):
                 pieces = (Piece("content", ""),)
             for piece in pieces:
-                kind = {"content": "message", "reasoning": "reasoning"}.get(piece.kind, "function_call")
+                kind = item["type"] if item and piece.kind == "arguments" else item_kind(piece, tools)
                 if item is None or item["type"] != kind or piece.kind == "call":
                     for event in closing(item, output, "completed") if item else ():
                         yield event
-                    item = new_item(kind, item_id(kind, response["id"], len(output)), piece.text)
+                    item = new_item(kind, item_id(kind, response["id"], len(output)), piece.text, tools)
                     output.append(item)
+                    to_run.extend([item] if kind == "mcp_call" else ())
                     for event in opening(item, output):
                         yield event
                 if piece.kind != "call":
-                    logprobs = [logprob_entry(stream.engine.model, token) for token in unsaid] if kind == "message" else []
-                    yield addition(item, output, piece.text, logprobs)
+                    logprobs = [logprob_entry(model, token) for token in unsaid] if kind == "message" else []
+                    if (event := addition(item, output, piece.text, logprobs)) is not None:
+                        yield event
                 unsaid = []
             if part.finish_reason == "length":
                 response["incomplete_details"] = {"reason": "max_output_tokens"}
-    for event in closing(item, output, "incomplete" if response["incomplete_details"] else "completed"):
+    for event in closing(item, output, "incomplete" if response["incomplete_details"] else "completed") if item else ():
         yield event
-    response["usage"] = await response_usage(stream, num_tokens, output)
+    for call in to_run:
+        for event in done(call, output, "incomplete"):
+            yield event
+    response["usage"] = await response_usage(streams, num_tokens, output)
 
 
-def new_item(kind: str, id: str, name: str) -> dict[str, Any]:
+def item_kind(piece: Piece, tools: dict[str, ServerTool]) -> str:
+    """Return the type of the item that a piece begins."""
+    if piece.kind != "call":
+        return {"content": "message"}.get(piece.kind, piece.kind)
+    if piece.text not in tools:
+        return "function_call"
+    return "mcp_approval_request" if tools[piece.text].needs_approval else "mcp_call"
+
+
+def new_item(kind: str, id: str, name: str, tools: dict[str, ServerTool]) -> dict[str, Any]:
     """Return an item with nothing in it yet; a call's has its name."""
-    own = {"message": {"role": "assistant", "content": []}, "reasoning": {"summary": [], "content": []}}.get(
-        kind, {"call_id": f"call_{uuid.uuid4().hex[:9]}", "name": name, "arguments": ""})
-    return {"id": id, "type": kind, "status": "in_progress", **own}
+    own: dict[str, Any] = {"status": "in_progress"}
+    if kind in ("message", "reasoning"):
+        own |= {"role": "assistant", "content": []} if kind == "message" else {"summary": [], "content": []}
+    elif kind == "function_call":
+        own |= {"call_id": f"call_{uuid.uuid4().hex[:9]}", "name": name, "arguments": ""}
+    else:
+        own = {**(own if kind == "mcp_call" else {}), "name": tools[name].listed.name, "arguments": "",
+               "server_label": tools[name].server.label}
+    if kind == "mcp_call":
+        own |= {"output": None, "error": None, "approval_request_id": None}
+    return {"id": id, "type": kind, **own}
 
 
 def place(item: dict[str, Any], output: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return where an event of the last item belongs."""
-    at = {"item_id": item["id"], "output_index": len(output) - 1}
-    return at if item["type"] == "function_call" else {**at, "content_index": 0}
+    """Return where an event of an item belongs."""
+    at = {"item_id": item["id"], "output_index": output.index(item)}
+    return {**at, "content_index": 0} if "content" in item else at
 
 
 def opening(item: dict[str, Any], output: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
     """Yield the events that begin an item."""
     yield {"type": "response.output_item.added", "output_index": len(output) - 1, "item": item}
-    if item["type"] != "function_call":
+    if item["type"] in ("mcp_call", "mcp_list_tools"):
+        yield {"type": f"response.{item['type']}.in_progress", **place(item, output)}
+    elif "content" in item:
         own = {"annotations": [], "logprobs": []} if item["type"] == "message" else {}
         item["content"].append({"type": "output_text" if own else "reasoning_text", "text": "", **own})
         yield {"type": "response.content_part.added", **place(item, output), "part": item["content"][0]}
 
 
-def addition(item: dict[str, Any], output: list[dict[str, Any]], text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Add text to an item, and return the event."""
-    if item["type"] == "function_call":
+def addition(item: dict[str, Any], output: list[dict[str, Any]], text: str,
+             logprobs: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Add text to an item, and return the event if there is one."""
+    if "arguments" in item:
         item["arguments"] += text
-        return {"type": "response.function_call_arguments.delta", **place(item, output), "delta": text}
+        event = {"type": f"response.{item['type']}_arguments.delta", **place(item, output), "delta": text}
+        return None if item["type"] == "mcp_approval_request" else event
     [part] = item["content"]
     part["text"] += text
     own = {"logprobs": logprobs} if item["type"] == "message" else {}
@@ -4289,26 +4533,41 @@ def addition(item: dict[str, Any], output: list[dict[str, Any]], text: str, logp
 
 
 def closing(item: dict[str, Any], output: list[dict[str, Any]], status: str) -> Iterable[dict[str, Any]]:
-    """Yield the events that end an item."""
-    item["status"] = status
-    if item["type"] == "function_call":
-        yield {"type": "response.function_call_arguments.done", **place(item, output), "arguments": item["arguments"]}
-    else:
+    """Yield the events that end an item; an MCP call is done only when it was run."""
+    if "content" in item:
         [part] = item["content"]
         own = {name: part[name] for name in ("text", "logprobs") if name in part}
         yield {"type": f"response.{part['type']}.done", **place(item, output), **own}
         yield {"type": "response.content_part.done", **place(item, output), "part": part}
-    yield {"type": "response.output_item.done", "output_index": len(output) - 1, "item": item}
+    elif item["type"] != "mcp_approval_request":
+        yield {"type": f"response.{item['type']}_arguments.done", **place(item, output), "arguments": item["arguments"]}
+    if item["type"] != "mcp_call":
+        yield from done(item, output, status)
 
 
-async def response_usage(stream: TokenStream, output_tokens: int, output: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the token counts of a response; those of its reasoning are of the text that it has."""
-    [seq], model = stream.sequences, stream.engine.model
+def done(item: dict[str, Any], output: list[dict[str, Any]], status: str) -> Iterable[dict[str, Any]]:
+    """Yield the last event of an item."""
+    if "status" in item:
+        item["status"] = status
+    yield {"type": "response.output_item.done", "output_index": output.index(item), "item": item}
+
+
+def run_events(item: dict[str, Any], output: list[dict[str, Any]], result: CallResult) -> Iterable[dict[str, Any]]:
+    """Yield the events that end an MCP call, with what came of it."""
+    failure = {"type": "mcp_tool_execution_error", "content": [{"type": "text", "text": result.text}]}
+    item |= {"error": failure} if result.is_error else {"output": result.text}
+    status = "failed" if result.is_error else "completed"
+    yield {"type": f"response.mcp_call.{status}", **place(item, output)}
+    yield from done(item, output, status)
+
+
+async def response_usage(streams: list[TokenStream], output_tokens: int, output: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the token counts of a response's turns; those of its reasoning are of the text that it has."""
+    model, prompts = streams[0].engine.model, usage(streams, output_tokens)
     thoughts = "".join(item["content"][0]["text"] for item in output if item["type"] == "reasoning")
     reasoning = await trio.to_thread.run_sync(tokenize, model, thoughts, False, limiter=app.rendering) if thoughts else []
-    return {"input_tokens": seq.num_prompt_tokens, "output_tokens": output_tokens,
-            "total_tokens": seq.num_prompt_tokens + output_tokens,
-            "input_tokens_details": {"cached_tokens": seq.num_cached_tokens or 0, "cache_write_tokens": 0},
+    return {"input_tokens": prompts["prompt_tokens"], "output_tokens": output_tokens, "total_tokens": prompts["total_tokens"],
+            "input_tokens_details": {**prompts["prompt_tokens_details"], "cache_write_tokens": 0},
             "output_tokens_details": {"reasoning_tokens": min(len(reasoning), output_tokens)}}
 
 
@@ -4329,7 +4588,8 @@ async def fail(live: LiveResponse, status: str, error: APIError | None) -> bytes
         code = {429: "rate_limit_exceeded", 400: "invalid_prompt"}.get(error.status, "server_error")
         live.response["error"] = {"code": code, "message": error_body(error)["error"]["message"]}
     for item in live.response["output"]:
-        item["status"] = "incomplete" if item["status"] == "in_progress" else item["status"]
+        if item.get("status") == "in_progress":
+            item["status"] = "incomplete"
     return await live.add({"type": "response.failed", "response": live.response})
 
 
@@ -4506,6 +4766,7 @@ async def serve(config: Config, listener: socket.socket, stop: trio.Event) -> in
     async with trio.open_nursery() as nursery:
         app.models = ModelPool(config, nursery)
         app.tool_servers = {label: ToolServer(label, settings) for label, settings in (config.mcp_config or {}).items()}
+        app.remote_servers = {}
         for server in app.tool_servers.values():
             nursery.start_soon(server.run)
         await nursery.start(functools.partial(hypercorn.trio.serve, app, http, shutdown_trigger=stop.wait))

@@ -91,7 +91,7 @@ async def running(settings: dict, label: str = "test") -> AsyncIterator[serve.To
 async def test_calls(process: Process, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "serve")
     async with running(process.settings) as server:
-        tools = await serve.server_tools([server], {"fail"})
+        tools = await serve.server_tools([server], ["fail"])
         assert server.status == "ready" and {"capital", "hang", "test__fail", "megabyte"} <= tools.keys()
         assert tools["test__fail"].listed.name == "fail" and tools["test__fail"].definition["function"]["name"] == "test__fail"
         assert tools["capital"].definition["function"]["parameters"]["properties"]["country"]["enum"] == ["France", "Italy"]
@@ -110,14 +110,14 @@ async def test_calls(process: Process, monkeypatch: pytest.MonkeyPatch, caplog: 
 async def test_a_call_that_hangs_is_given_up(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve.app, "settings", serve.Config(mcp_timeout=0.5))
     async with running(process.settings) as server:
-        await serve.server_tools([server], set())
+        await serve.server_tools([server], [])
         assert await server.call("hang", "{}") == serve.CallResult("The tool did not answer within 0.5 s.", True)
         await process.notes("hang ended", 2)
 
 
 async def test_a_server_killed_amid_a_call(process: Process) -> None:
     async with running(process.settings) as server, trio.open_nursery() as nursery:
-        await serve.server_tools([server], set())
+        await serve.server_tools([server], [])
         process.events.write_text(f"start {process.pid}\n")
         results: list[serve.CallResult] = []
 
@@ -144,7 +144,7 @@ async def test_a_server_that_dies_idle_is_started_again(process: Process, monkey
     if "url" in process.settings:  # that it died shows at the next look
         monkeypatch.setattr(serve, "MCP_LOOK", 0.2)
     async with running(process.settings) as server:
-        await serve.server_tools([server], set())
+        await serve.server_tools([server], [])
         os.kill(first := process.pid, signal.SIGKILL)
         with trio.fail_after(5):
             while server.status == "ready":
@@ -160,10 +160,10 @@ async def test_a_server_that_dies_idle_is_started_again(process: Process, monkey
 async def test_new_tools_are_seen(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "MCP_LOOK", 0.2)
     async with running(process.settings) as server:
-        await serve.server_tools([server], set())
+        await serve.server_tools([server], [])
         assert (await server.call("learn", '{"name": "news"}')).text == "learned"
         with trio.fail_after(3):
-            while "news" not in await serve.server_tools([server], set()):
+            while "news" not in await serve.server_tools([server], []):
                 await trio.sleep(0.02)
 
 
@@ -171,7 +171,7 @@ async def test_servers_that_do_not_start(caplog: pytest.LogCaptureFixture) -> No
     async with (running({"command": "no-such-command"}, "none") as none,
                 running({"command": sys.executable, "args": ["-c", "print('nonsense')"]}, "nonsense") as nonsense,
                 running({"url": "http://127.0.0.1:9/mcp"}, "refused") as refused):
-        assert await serve.server_tools([none, nonsense, refused], set()) == {}
+        assert await serve.server_tools([none, nonsense, refused], []) == {}
         for server, reason in ((none, "FileNotFoundError"), (nonsense, "Connection closed"), (refused, "ConnectError")):
             assert server.status == "failed" and reason in server.reason
             with trio.fail_after(0.1):  # nobody waits for it again
@@ -186,9 +186,9 @@ async def test_a_slow_server_is_waited_for_but_not_for_ever(tmp_path: Path, monk
     code = "import runpy, sys, time; time.sleep(0.5); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     async with running({**process.settings, "args": ["-c", code, *process.settings["args"]]}) as server:
         monkeypatch.setattr(serve, "MCP_WAIT", 0.1)
-        assert await serve.server_tools([server], set()) == {} and server.status == "starting"
+        assert await serve.server_tools([server], []) == {} and server.status == "starting"
         monkeypatch.setattr(serve, "MCP_WAIT", 10)
-        assert "capital" in await serve.server_tools([server], set())
+        assert "capital" in await serve.server_tools([server], [])
 
 
 @pytest.mark.parametrize("text, said", [
