@@ -3726,8 +3726,12 @@ async def response_turn(engine: Engine | AdaptedEngine, body: ResponseRequest, s
     render = functools.partial(render_chat, engine.model, continue_final=False, kwargs=kwargs, tools=use.offered)
     if body.truncation == "auto":
         render = functools.partial(render_fitting, render, engine.max_len, body.instructions is not None)
+    form = body.text.format or TextFormat("text")
+    if form.type == "json_schema" and (form.name is None or form.schema is None):
+        raise APIError(400, "The type json_schema needs a name and a schema.", "invalid_value", "text.format")
+    answer = constraint(ResponseFormat(form.type, JSONSchema(form.schema)), None, "text.format")
     try:
-        return await converse(engine, functools.partial(render, messages), sampling, use, text_format(body.text.format))
+        return await converse(engine, functools.partial(render, messages), sampling, use, answer)
     except APIError as error:
         error.param = "input" if str(error.param).startswith("messages") else error.param  # its index is not the client's
         raise
@@ -3812,15 +3816,12 @@ def read_items(past: list[dict[str, Any]], items: list[dict[str, Any]], instruct
     return messages
 
 
-SAID = ("reasoning_content", "content", "tool_calls")  # in one turn of the assistant's, and in this order
-
-
 def say(messages: list[dict[str, Any]], field: str, value: Any) -> None:
-    """Add to what the assistant said last, or begin a turn if that has got further already."""
-    last = messages[-1] if messages else {"role": None}
-    if last["role"] != "assistant" or any(name in last for name in SAID[SAID.index(field) + (field == "tool_calls"):]):
-        messages.append(last := {"role": "assistant"})
-    last[field] = last.get(field, []) + value if field == "tool_calls" else value
+    """Add to the assistant's turn, or begin one: reasoning does, and text after text."""
+    if not messages or messages[-1]["role"] != "assistant" or field == "reasoning_content" or (
+            field == "content" and "content" in messages[-1]):
+        messages.append({"role": "assistant"})
+    messages[-1][field] = messages[-1].get(field, []) + value if field == "tool_calls" else value
 
 
 def chat_parts(parts: list[Any], where: str) -> list[dict[str, Any]]:
@@ -3847,13 +3848,6 @@ def response_tools(body: ResponseRequest) -> ToolUse:
         case other:
             raise APIError(400, f"tool_choice {other!r} is not supported here.", "invalid_value", "tool_choice")
     return tool_use(tools, choice, body.parallel_tool_calls)
-
-
-def text_format(form: TextFormat | None) -> tuple[str, dict[str, Any]] | None:
-    """Return what the answer must look like. Raises APIError 400."""
-    if form and form.type == "json_schema" and (form.name is None or form.schema is None):
-        raise APIError(400, "The type json_schema needs a name and a schema.", "invalid_value", "text.format")
-    return constraint(form and ResponseFormat(form.type, JSONSchema(form.schema)), None, "text.format")
 
 
 def render_fitting(render: Callable[[list], Prompt], max_len: int, kept: int, messages: list[dict[str, Any]]) -> Prompt:
@@ -3904,19 +3898,19 @@ async def answer_events(response: dict[str, Any], stream: TokenStream,
             for piece in pieces:
                 kind = {"content": "message", "reasoning": "reasoning"}.get(piece.kind, "function_call")
                 if item is None or item["type"] != kind or piece.kind == "call":
-                    for event in closing(item, output, "completed") if item else ():
+                    for event in closing(item, len(output) - 1, "completed") if item else ():
                         yield event
                     item = new_item(kind, item_id(kind, response["id"], len(output)), piece.text)
                     output.append(item)
-                    for event in opening(item, output):
+                    for event in opening(item, len(output) - 1):
                         yield event
                 if piece.kind != "call":
                     logprobs = [logprob_entry(stream.engine.model, token) for token in unsaid] if kind == "message" else []
-                    yield addition(item, output, piece.text, logprobs)
+                    yield addition(item, len(output) - 1, piece.text, logprobs)
                 unsaid = []
             if part.finish_reason == "length":
                 response["incomplete_details"] = {"reason": "max_output_tokens"}
-    for event in closing(item, output, "incomplete" if response["incomplete_details"] else "completed"):
+    for event in closing(item, len(output) - 1, "incomplete" if response["incomplete_details"] else "completed"):
         yield event
     response["usage"] = await response_usage(stream, num_tokens, output)
 
@@ -3928,45 +3922,43 @@ def new_item(kind: str, id: str, name: str) -> dict[str, Any]:
     return {"id": id, "type": kind, "status": "in_progress", **own}
 
 
-def place(item: dict[str, Any], output: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return where an event of the last item belongs."""
-    at = {"item_id": item["id"], "output_index": len(output) - 1}
-    return at if item["type"] == "function_call" else {**at, "content_index": 0}
+def place(item: dict[str, Any], index: int) -> dict[str, Any]:
+    """Return where an event of an item belongs."""
+    return {"item_id": item["id"], "output_index": index} | ({} if item["type"] == "function_call" else {"content_index": 0})
 
 
-def opening(item: dict[str, Any], output: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+def opening(item: dict[str, Any], index: int) -> Iterable[dict[str, Any]]:
     """Yield the events that begin an item."""
-    yield {"type": "response.output_item.added", "output_index": len(output) - 1, "item": item}
+    yield {"type": "response.output_item.added", "output_index": index, "item": item}
     if item["type"] != "function_call":
         own = {"annotations": [], "logprobs": []} if item["type"] == "message" else {}
         item["content"].append({"type": "output_text" if own else "reasoning_text", "text": "", **own})
-        yield {"type": "response.content_part.added", **place(item, output), "part": item["content"][0]}
+        yield {"type": "response.content_part.added", **place(item, index), "part": item["content"][0]}
 
 
-def addition(item: dict[str, Any], output: list[dict[str, Any]], text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
+def addition(item: dict[str, Any], index: int, text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
     """Add text to an item, and return the event."""
     if item["type"] == "function_call":
         item["arguments"] += text
-        return {"type": "response.function_call_arguments.delta", **place(item, output), "delta": text}
+        return {"type": "response.function_call_arguments.delta", **place(item, index), "delta": text}
     [part] = item["content"]
     part["text"] += text
-    own = {"logprobs": logprobs} if item["type"] == "message" else {}
-    for name, values in own.items():
-        part[name] += values
-    return {"type": f"response.{part['type']}.delta", **place(item, output), "delta": text, **own}
+    if "logprobs" in part:
+        part["logprobs"] += logprobs
+    own = {"logprobs": logprobs} if "logprobs" in part else {}
+    return {"type": f"response.{part['type']}.delta", **place(item, index), "delta": text, **own}
 
 
-def closing(item: dict[str, Any], output: list[dict[str, Any]], status: str) -> Iterable[dict[str, Any]]:
+def closing(item: dict[str, Any], index: int, status: str) -> Iterable[dict[str, Any]]:
     """Yield the events that end an item."""
     item["status"] = status
-    if item["type"] == "function_call":
-        yield {"type": "response.function_call_arguments.done", **place(item, output), "arguments": item["arguments"]}
-    else:
-        [part] = item["content"]
+    for part in item.get("content", ()):
         own = {name: part[name] for name in ("text", "logprobs") if name in part}
-        yield {"type": f"response.{part['type']}.done", **place(item, output), **own}
-        yield {"type": "response.content_part.done", **place(item, output), "part": part}
-    yield {"type": "response.output_item.done", "output_index": len(output) - 1, "item": item}
+        yield {"type": f"response.{part['type']}.done", **place(item, index), **own}
+        yield {"type": "response.content_part.done", **place(item, index), "part": part}
+    if item["type"] == "function_call":
+        yield {"type": "response.function_call_arguments.done", **place(item, index), "arguments": item["arguments"]}
+    yield {"type": "response.output_item.done", "output_index": index, "item": item}
 
 
 async def response_usage(stream: TokenStream, output_tokens: int, output: list[dict[str, Any]]) -> dict[str, Any]:
@@ -4028,24 +4020,32 @@ async def followed(live: LiveResponse, start: int) -> AsyncIterator[bytes]:
             await live.changed.wait()
 
 
-def number_argument(name: str, default: int, low: int, high: float = math.inf) -> int:
-    """Return a number from the query. Raises APIError 400."""
-    text = request.args.get(name, str(default))
-    if not re.fullmatch(r"-?\d{1,18}", text) or not low <= int(text) <= high:
-        raise APIError(400, f"{name} must be a number from {low} to {high}, not {text!r}.", "invalid_value", name)
-    return int(text)
+class ResponseQuery(msgspec.Struct):
+    stream: bool = False
+    starting_after: Annotated[int, Meta(ge=0)] = -1
+    after: str | None = None
+    limit: Annotated[int, Meta(ge=1, le=100)] = 20
+    order: Literal["asc", "desc"] = "desc"
+
+
+def read_query() -> ResponseQuery:
+    """Return the URL's query. Raises APIError 400."""
+    try:
+        return msgspec.convert(request.args.to_dict(), ResponseQuery, strict=False)
+    except msgspec.ValidationError as error:
+        raise APIError(400, str(error), "invalid_value", str(error).rpartition("$.")[2].rstrip("`")) from None
 
 
 @app.get("/v1/responses/<id>")
 async def retrieve_response(id: str) -> Response:
     """Answer with a response as it is, or with its events after a number."""
     live = await app.responses.load(id)
-    if request.args.get("stream") not in ("true", "1"):
+    query = read_query()
+    if not query.stream:
         return json_response(live.response)
-    start = number_argument("starting_after", -1, -1) + 1
     for [packed] in await app.responses.run("SELECT frames FROM responses WHERE id = ?", id) if live.ended else ():
         live.frames = [frame + b"\n\n" for frame in zlib.decompress(packed).split(b"\n\n")[:-1]]
-    return event_stream(followed(live, start), end=b"")
+    return event_stream(followed(live, query.starting_after + 1), end=b"")
 
 
 @app.delete("/v1/responses/<id>")
@@ -4075,18 +4075,16 @@ async def stop_response(live: LiveResponse) -> None:
 @app.get("/v1/responses/<id>/input_items")
 async def list_input_items(id: str) -> Response:
     """List the items that a response answers, those of the responses it continues among them; the newest first."""
-    live, order, after = await app.responses.load(id), request.args.get("order", "desc"), request.args.get("after")
-    if order not in ("asc", "desc"):
-        raise APIError(400, "order must be asc or desc.", "invalid_value", "order")
+    live, query = await app.responses.load(id), read_query()
     items = await app.responses.conversation(live.response["previous_response_id"], "response_id") + live.items
-    items = items if order == "asc" else items[::-1]
+    items = items if query.order == "asc" else items[::-1]
     ids = [item["id"] for item in items]
-    if after is not None and after not in ids:
-        raise APIError(404, f"There is no item {after!r}.", "item_not_found", "after")
-    limit, start = number_argument("limit", 20, 1, 100), 0 if after is None else ids.index(after) + 1
-    page = items[start:start + limit]
+    if query.after is not None and query.after not in ids:
+        raise APIError(404, f"There is no item {query.after!r}.", "item_not_found", "after")
+    start = 0 if query.after is None else ids.index(query.after) + 1
+    page = items[start:start + query.limit]
     return json_response({"object": "list", "data": page, "first_id": page[0]["id"] if page else None,
-                          "last_id": page[-1]["id"] if page else None, "has_more": start + limit < len(items)})
+                          "last_id": page[-1]["id"] if page else None, "has_more": start + len(page) < len(items)})
 
 
 # ── Models and health ─────────────────────────────────────────────────────────────────────────────────────────────────
