@@ -4089,8 +4089,12 @@ async def response_turn(engine: Engine | AdaptedEngine, body: ResponseRequest, m
     render = functools.partial(render_chat, engine.model, continue_final=False, kwargs=kwargs, tools=use.offered)
     if body.truncation == "auto":
         render = functools.partial(render_fitting, render, engine.max_len, body.instructions is not None)
+    form = body.text.format or TextFormat("text")
+    if form.type == "json_schema" and (form.name is None or form.schema is None):
+        raise APIError(400, "The type json_schema needs a name and a schema.", "invalid_value", "text.format")
+    answer = constraint(ResponseFormat(form.type, JSONSchema(form.schema)), None, "text.format")
     try:
-        return await converse(engine, functools.partial(render, messages), sampling, use, text_format(body.text.format))
+        return await converse(engine, functools.partial(render, messages), sampling, use, answer)
     except APIError as error:
         error.param = "input" if str(error.param).startswith("messages") else error.param  # its index is not the client's
         raise
@@ -4301,15 +4305,12 @@ def read_items(past: list[dict[str, Any]], items: list[dict[str, Any]], instruct
     return messages
 
 
-SAID = ("reasoning_content", "content", "tool_calls")  # in one turn of the assistant's, and in this order
-
-
 def say(messages: list[dict[str, Any]], field: str, value: Any) -> None:
-    """Add to what the assistant said last, or begin a turn if that has got further already."""
-    last = messages[-1] if messages else {"role": None}
-    if last["role"] != "assistant" or any(name in last for name in SAID[SAID.index(field) + (field == "tool_calls"):]):
-        messages.append(last := {"role": "assistant"})
-    last[field] = last.get(field, []) + value if field == "tool_calls" else value
+    """Add to the assistant's turn, or begin one: reasoning does, and text after text."""
+    if not messages or messages[-1]["role"] != "assistant" or field == "reasoning_content" or (
+            field == "content" and "content" in messages[-1]):
+        messages.append({"role": "assistant"})
+    messages[-1][field] = messages[-1].get(field, []) + value if field == "tool_calls" else value
 
 
 def past_call(messages: list[dict[str, Any]], id: str, item: dict[str, Any], text: str) -> None:
@@ -4366,13 +4367,6 @@ def response_tools(body: ResponseRequest, own: dict[str, ServerTool]) -> ToolUse
     return tool_use(tools, choice, body.parallel_tool_calls)
 
 
-def text_format(form: TextFormat | None) -> tuple[str, dict[str, Any]] | None:
-    """Return what the answer must look like. Raises APIError 400."""
-    if form and form.type == "json_schema" and (form.name is None or form.schema is None):
-        raise APIError(400, "The type json_schema needs a name and a schema.", "invalid_value", "text.format")
-    return constraint(form and ResponseFormat(form.type, JSONSchema(form.schema)), None, "text.format")
-
-
 def render_fitting(render: Callable[[list], Prompt], max_len: int, kept: int, messages: list[dict[str, Any]]) -> Prompt:
     """Render messages without as many of the oldest, but for the first `kept`, as it takes to fit."""
     starts = [i for i in range(kept, len(messages)) if messages[i]["role"] != "tool"]
@@ -4411,38 +4405,46 @@ async def response_events(response: dict[str, Any], streams: list[TokenStream], 
 
 def list_events(response: dict[str, Any], listed: dict[str, Any]) -> Iterable[dict[str, Any]]:
     """Add the list of a server's tools to the response, and yield the events."""
-    output = response["output"]
-    item = {"id": item_id("mcp_list_tools", response["id"], len(output)), **listed, "tools": []}
-    output.append(item)
-    yield from opening(item, output)
+    index = len(response["output"])
+    item = {"id": item_id("mcp_list_tools", response["id"], index), **listed, "tools": []}
+    response["output"].append(item)
+    yield from opening(item, index)
     item |= listed
-    yield {"type": "response.mcp_list_tools." + ("failed" if item["error"] else "completed"), **place(item, output)}
-    yield from done(item, output, "completed")
+    yield {"type": "response.mcp_list_tools." + ("failed" if item["error"] else "completed"), **place(item, index)}
+    yield {"type": "response.output_item.done", "output_index": index, "item": item}
 
 
 async def answer_events(response: dict[str, Any], streams: list[TokenStream], found: AsyncIterator[Delta | CallResult],
                         tools: dict[str, ServerTool], approved: list[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
-    """Yield the events of one answer of the model, in its turns, and add its items and its tokens to the response."""
+    """Yield the events of an answer, turn by turn, and add its items and its tokens to the response."""
     output, num_tokens = response["output"], 0
     item: dict[str, Any] | None = None  # the one that is being written
     unsaid: list[Token] = []  # those whose text is held back
-    to_run: deque[dict[str, Any]] = deque()  # calls
-    for call in approved:
-        name, arguments = call["function"]["name"], call["function"]["arguments"]
-        item = new_item("mcp_call", item_id("mcp_call", response["id"], len(output)), name, tools)
-        item["approval_request_id"] = call["approval_request_id"]
+    calls: deque[dict[str, Any]] = deque()  # the items of those that may be run
+
+    def begin(kind: str, name: str) -> Iterable[dict[str, Any]]:
+        nonlocal item
+        item = new_item(kind, item_id(kind, response["id"], len(output)), name, tools)
         output.append(item)
-        to_run.append(item)
-        for event in (*opening(item, output), addition(item, output, arguments, []), *closing(item, output, "completed")):
+        calls.extend([item] if kind == "mcp_call" else ())
+        return opening(item, len(output) - 1)
+
+    def end(status: str = "completed") -> Iterable[dict[str, Any]]:
+        nonlocal item
+        ended, item = item, None
+        return closing(ended, len(output) - 1, status) if ended else ()
+
+    for call in approved:
+        for event in begin("mcp_call", call["function"]["name"]):
             yield event
-        item = None
+        item["approval_request_id"] = call["approval_request_id"]
+        yield addition(item, len(output) - 1, call["function"]["arguments"], [])
+        for event in end():
+            yield event
     async with aclosing(found):
         async for part in found:
             if isinstance(part, CallResult):
-                for event in closing(item, output, "completed") if item else ():
-                    yield event
-                item = None
-                for event in run_events(to_run.popleft(), output, part):
+                for event in itertools.chain(end(), run_events(call := calls.popleft(), output.index(call), part)):
                     yield event
                 continue
             num_tokens += part.num_tokens
@@ -4452,34 +4454,29 @@ async def answer_events(response: dict[str, Any], streams: list[TokenStream], fo
             if part.finish_reason and not pieces and (item is None or unsaid and item["type"] == "message"):
                 pieces = (Piece("content", ""),)
             for piece in pieces:
-                kind = item["type"] if item and piece.kind == "arguments" else item_kind(piece, tools)
+                kind = item["type"] if piece.kind == "arguments" else item_kind(piece, tools)
                 if item is None or item["type"] != kind or piece.kind == "call":
-                    for event in closing(item, output, "completed") if item else ():
-                        yield event
-                    item = new_item(kind, item_id(kind, response["id"], len(output)), piece.text, tools)
-                    output.append(item)
-                    to_run.extend([item] if kind == "mcp_call" else ())
-                    for event in opening(item, output):
+                    for event in itertools.chain(end(), begin(kind, piece.text)):
                         yield event
                 if piece.kind != "call":
                     logprobs = [logprob_entry(model, token) for token in unsaid] if kind == "message" else []
-                    if (event := addition(item, output, piece.text, logprobs)) is not None:
+                    if event := addition(item, len(output) - 1, piece.text, logprobs):
                         yield event
                 unsaid = []
             if part.finish_reason == "length":
                 response["incomplete_details"] = {"reason": "max_output_tokens"}
-    for event in closing(item, output, "incomplete" if response["incomplete_details"] else "completed") if item else ():
+    for event in end("incomplete" if response["incomplete_details"] else "completed"):
         yield event
-    for call in to_run:
-        for event in done(call, output, "incomplete"):
-            yield event
+    for call in calls:  # there were too many, or others for the client to answer
+        call["status"] = "incomplete"
+        yield {"type": "response.output_item.done", "output_index": output.index(call), "item": call}
     response["usage"] = await response_usage(streams, num_tokens, output)
 
 
 def item_kind(piece: Piece, tools: dict[str, ServerTool]) -> str:
     """Return the type of the item that a piece begins."""
     if piece.kind != "call":
-        return {"content": "message"}.get(piece.kind, piece.kind)
+        return {"content": "message", "reasoning": "reasoning"}[piece.kind]
     if piece.text not in tools:
         return "function_call"
     return "mcp_approval_request" if tools[piece.text].needs_approval else "mcp_call"
@@ -4487,78 +4484,69 @@ def item_kind(piece: Piece, tools: dict[str, ServerTool]) -> str:
 
 def new_item(kind: str, id: str, name: str, tools: dict[str, ServerTool]) -> dict[str, Any]:
     """Return an item with nothing in it yet; a call's has its name."""
-    own: dict[str, Any] = {"status": "in_progress"}
-    if kind in ("message", "reasoning"):
-        own |= {"role": "assistant", "content": []} if kind == "message" else {"summary": [], "content": []}
-    elif kind == "function_call":
-        own |= {"call_id": f"call_{uuid.uuid4().hex[:9]}", "name": name, "arguments": ""}
-    else:
-        own = {**(own if kind == "mcp_call" else {}), "name": tools[name].listed.name, "arguments": "",
-               "server_label": tools[name].server.label}
-    if kind == "mcp_call":
-        own |= {"output": None, "error": None, "approval_request_id": None}
+    match kind:
+        case "message":
+            own = {"status": "in_progress", "role": "assistant", "content": []}
+        case "reasoning":
+            own = {"status": "in_progress", "summary": [], "content": []}
+        case "function_call":
+            own = {"status": "in_progress", "call_id": f"call_{uuid.uuid4().hex[:9]}", "name": name, "arguments": ""}
+        case _:
+            own = {"server_label": tools[name].server.label, "name": tools[name].listed.name, "arguments": ""}
+            if kind == "mcp_call":
+                own |= {"status": "in_progress", "output": None, "error": None, "approval_request_id": None}
     return {"id": id, "type": kind, **own}
 
 
-def place(item: dict[str, Any], output: list[dict[str, Any]]) -> dict[str, Any]:
+def place(item: dict[str, Any], index: int) -> dict[str, Any]:
     """Return where an event of an item belongs."""
-    at = {"item_id": item["id"], "output_index": output.index(item)}
-    return {**at, "content_index": 0} if "content" in item else at
+    return {"item_id": item["id"], "output_index": index} | ({"content_index": 0} if "content" in item else {})
 
 
-def opening(item: dict[str, Any], output: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+def opening(item: dict[str, Any], index: int) -> Iterable[dict[str, Any]]:
     """Yield the events that begin an item."""
-    yield {"type": "response.output_item.added", "output_index": len(output) - 1, "item": item}
+    yield {"type": "response.output_item.added", "output_index": index, "item": item}
     if item["type"] in ("mcp_call", "mcp_list_tools"):
-        yield {"type": f"response.{item['type']}.in_progress", **place(item, output)}
+        yield {"type": f"response.{item['type']}.in_progress", **place(item, index)}
     elif "content" in item:
         own = {"annotations": [], "logprobs": []} if item["type"] == "message" else {}
         item["content"].append({"type": "output_text" if own else "reasoning_text", "text": "", **own})
-        yield {"type": "response.content_part.added", **place(item, output), "part": item["content"][0]}
+        yield {"type": "response.content_part.added", **place(item, index), "part": item["content"][0]}
 
 
-def addition(item: dict[str, Any], output: list[dict[str, Any]], text: str,
-             logprobs: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Add text to an item, and return the event if there is one."""
+def addition(item: dict[str, Any], index: int, text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Add text to an item, and return the event, if there is one for it."""
     if "arguments" in item:
         item["arguments"] += text
-        event = {"type": f"response.{item['type']}_arguments.delta", **place(item, output), "delta": text}
-        return None if item["type"] == "mcp_approval_request" else event
+        event = {"type": f"response.{item['type']}_arguments.delta", **place(item, index), "delta": text}
+        return event if item["type"] != "mcp_approval_request" else None
     [part] = item["content"]
     part["text"] += text
-    own = {"logprobs": logprobs} if item["type"] == "message" else {}
-    for name, values in own.items():
-        part[name] += values
-    return {"type": f"response.{part['type']}.delta", **place(item, output), "delta": text, **own}
+    if "logprobs" in part:
+        part["logprobs"] += logprobs
+    own = {"logprobs": logprobs} if "logprobs" in part else {}
+    return {"type": f"response.{part['type']}.delta", **place(item, index), "delta": text, **own}
 
 
-def closing(item: dict[str, Any], output: list[dict[str, Any]], status: str) -> Iterable[dict[str, Any]]:
-    """Yield the events that end an item; an MCP call is done only when it was run."""
-    if "content" in item:
-        [part] = item["content"]
+def closing(item: dict[str, Any], index: int, status: str) -> Iterable[dict[str, Any]]:
+    """Yield the events that end an item; a call that may be run here is not done before that."""
+    for part in item.get("content", ()):
         own = {name: part[name] for name in ("text", "logprobs") if name in part}
-        yield {"type": f"response.{part['type']}.done", **place(item, output), **own}
-        yield {"type": "response.content_part.done", **place(item, output), "part": part}
-    elif item["type"] != "mcp_approval_request":
-        yield {"type": f"response.{item['type']}_arguments.done", **place(item, output), "arguments": item["arguments"]}
+        yield {"type": f"response.{part['type']}.done", **place(item, index), **own}
+        yield {"type": "response.content_part.done", **place(item, index), "part": part}
+    if item["type"] in ("function_call", "mcp_call"):
+        yield {"type": f"response.{item['type']}_arguments.done", **place(item, index), "arguments": item["arguments"]}
     if item["type"] != "mcp_call":
-        yield from done(item, output, status)
+        item |= {"status": status} if "status" in item else {}
+        yield {"type": "response.output_item.done", "output_index": index, "item": item}
 
 
-def done(item: dict[str, Any], output: list[dict[str, Any]], status: str) -> Iterable[dict[str, Any]]:
-    """Yield the last event of an item."""
-    if "status" in item:
-        item["status"] = status
-    yield {"type": "response.output_item.done", "output_index": output.index(item), "item": item}
-
-
-def run_events(item: dict[str, Any], output: list[dict[str, Any]], result: CallResult) -> Iterable[dict[str, Any]]:
-    """Yield the events that end an MCP call, with what came of it."""
-    failure = {"type": "mcp_tool_execution_error", "content": [{"type": "text", "text": result.text}]}
-    item |= {"error": failure} if result.is_error else {"output": result.text}
-    status = "failed" if result.is_error else "completed"
-    yield {"type": f"response.mcp_call.{status}", **place(item, output)}
-    yield from done(item, output, status)
+def run_events(item: dict[str, Any], index: int, result: CallResult) -> Iterable[dict[str, Any]]:
+    """Yield the events that end a call which was run here, with what came of it."""
+    error = {"type": "mcp_tool_execution_error", "content": [{"type": "text", "text": result.text}]}
+    item |= {"status": "failed", "error": error} if result.is_error else {"status": "completed", "output": result.text}
+    yield {"type": f"response.mcp_call.{item['status']}", **place(item, index)}
+    yield {"type": "response.output_item.done", "output_index": index, "item": item}
 
 
 async def response_usage(streams: list[TokenStream], output_tokens: int, output: list[dict[str, Any]]) -> dict[str, Any]:
@@ -4620,24 +4608,32 @@ async def followed(live: LiveResponse, start: int) -> AsyncIterator[bytes]:
             await live.changed.wait()
 
 
-def number_argument(name: str, default: int, low: int, high: float = math.inf) -> int:
-    """Return a number from the query. Raises APIError 400."""
-    text = request.args.get(name, str(default))
-    if not re.fullmatch(r"-?\d{1,18}", text) or not low <= int(text) <= high:
-        raise APIError(400, f"{name} must be a number from {low} to {high}, not {text!r}.", "invalid_value", name)
-    return int(text)
+class ResponseQuery(msgspec.Struct):
+    stream: bool = False
+    starting_after: Annotated[int, Meta(ge=0)] = -1
+    after: str | None = None
+    limit: Annotated[int, Meta(ge=1, le=100)] = 20
+    order: Literal["asc", "desc"] = "desc"
+
+
+def read_query() -> ResponseQuery:
+    """Return the URL's query. Raises APIError 400."""
+    try:
+        return msgspec.convert(request.args.to_dict(), ResponseQuery, strict=False)
+    except msgspec.ValidationError as error:
+        raise APIError(400, str(error), "invalid_value", str(error).rpartition("$.")[2].rstrip("`")) from None
 
 
 @app.get("/v1/responses/<id>")
 async def retrieve_response(id: str) -> Response:
     """Answer with a response as it is, or with its events after a number."""
     live = await app.responses.load(id)
-    if request.args.get("stream") not in ("true", "1"):
+    query = read_query()
+    if not query.stream:
         return json_response(live.response)
-    start = number_argument("starting_after", -1, -1) + 1
     for [packed] in await app.responses.run("SELECT frames FROM responses WHERE id = ?", id) if live.ended else ():
         live.frames = [frame + b"\n\n" for frame in zlib.decompress(packed).split(b"\n\n")[:-1]]
-    return event_stream(followed(live, start), end=b"")
+    return event_stream(followed(live, query.starting_after + 1), end=b"")
 
 
 @app.delete("/v1/responses/<id>")
@@ -4667,18 +4663,16 @@ async def stop_response(live: LiveResponse) -> None:
 @app.get("/v1/responses/<id>/input_items")
 async def list_input_items(id: str) -> Response:
     """List the items that a response answers, those of the responses it continues among them; the newest first."""
-    live, order, after = await app.responses.load(id), request.args.get("order", "desc"), request.args.get("after")
-    if order not in ("asc", "desc"):
-        raise APIError(400, "order must be asc or desc.", "invalid_value", "order")
+    live, query = await app.responses.load(id), read_query()
     items = await app.responses.conversation(live.response["previous_response_id"], "response_id") + live.items
-    items = items if order == "asc" else items[::-1]
+    items = items if query.order == "asc" else items[::-1]
     ids = [item["id"] for item in items]
-    if after is not None and after not in ids:
-        raise APIError(404, f"There is no item {after!r}.", "item_not_found", "after")
-    limit, start = number_argument("limit", 20, 1, 100), 0 if after is None else ids.index(after) + 1
-    page = items[start:start + limit]
+    if query.after is not None and query.after not in ids:
+        raise APIError(404, f"There is no item {query.after!r}.", "item_not_found", "after")
+    start = 0 if query.after is None else ids.index(query.after) + 1
+    page = items[start:start + query.limit]
     return json_response({"object": "list", "data": page, "first_id": page[0]["id"] if page else None,
-                          "last_id": page[-1]["id"] if page else None, "has_more": start + limit < len(items)})
+                          "last_id": page[-1]["id"] if page else None, "has_more": start + len(page) < len(items)})
 
 
 # ── Models and health ─────────────────────────────────────────────────────────────────────────────────────────────────
