@@ -4406,7 +4406,7 @@ async def response_events(response: dict[str, Any], streams: list[TokenStream], 
 def list_events(response: dict[str, Any], listed: dict[str, Any]) -> Iterable[dict[str, Any]]:
     """Add the list of a server's tools to the response, and yield the events."""
     index = len(response["output"])
-    item = {"id": item_id("mcp_list_tools", response["id"], index), **listed, "tools": []}
+    item = {"id": item_id("mcp_list_tools", response["id"], index), **listed, "tools": [], "error": None}
     response["output"].append(item)
     yield from opening(item, index)
     item |= listed

@@ -13,10 +13,14 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import httpx2 as httpx
+import mcp_types
+import openai
 import pytest
 import serve
 import trio
 from conftest import QUESTION, ROOT, ServerProcess, ask, http, start_server, stream
+from openai.types import responses as types
+from test_responses import EVENT, known
 
 TOOL_SERVER = str(ROOT / "tests" / "tool_server.py")
 
@@ -242,10 +246,11 @@ class Local:
 def local(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
     folder = tmp_path_factory.mktemp("server")
     processes = {transport: Process(folder, transport) for transport in ("stdio", "http", "stubborn")}
-    config = {"mcpServers": {name: process.settings for name, process in processes.items()}}
+    config = {"mcpServers": {name: process.settings for name, process in processes.items()} | {
+        "gone": {"command": "no-such-command"}}}
     (folder / "mcp.json").write_text(json.dumps(config))
     with start_server(folder, "--mcp-config", str(folder / "mcp.json"), "--mcp-auto", "--mcp-timeout", "2",
-                      "--mcp-max-result", "500") as server:
+                      "--mcp-max-result", "500", "--allow-remote-mcp") as server:
         yield Local(server, processes)
     for process in processes.values():
         process.stop()
@@ -257,7 +262,8 @@ def named(name: str) -> dict:
 
 def test_servers_are_listed(local: Local) -> None:
     listed = http.get(local.url + "/v1/mcp/servers").json()
-    assert listed["object"] == "list" and [server["name"] for server in listed["data"]] == ["stdio", "http", "stubborn"]
+    assert listed["object"] == "list" and [server["name"] for server in listed["data"]] == ["stdio", "http", "stubborn", "gone"]
+    assert listed["data"][3]["status"] == "failed" and "no-such-command" in listed["data"][3]["error"]
     for server in listed["data"][:2]:
         assert server["status"] == "ready" and server["error"] is None
         assert {"name": "fail", "description": "Raise.", "input_schema": {
@@ -312,7 +318,7 @@ def test_whatever_a_tool_does_there_is_an_answer(local: Local, name: str) -> Non
     if name == "http__die":
         process.start()
     deadline = time.monotonic() + 10
-    while any(server["status"] != "ready" for server in http.get(local.url + "/v1/mcp/servers").json()["data"]):
+    while any(server["status"] == "starting" for server in http.get(local.url + "/v1/mcp/servers").json()["data"]):
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
@@ -363,6 +369,245 @@ def test_what_the_client_sees_of_calls() -> None:
 
     assert trio.run(collect) == [(serve.Piece("content", "a"),), (serve.Piece("call", "yours", 0),),
                                  (serve.Piece("arguments", "{2", 0), serve.Piece("reasoning", "b"))]
+
+
+PARIS = "What is the capital of France?"
+FIELDS = {"input": PARIS, "tool_choice": "required", "parallel_tool_calls": False, "max_output_tokens": 60}
+PREFIXES = {"mcp_list_tools": "mcpl_", "mcp_call": "mcp_", "mcp_approval_request": "mcpr_", "message": "msg_",
+            "function_call": "fc_"}
+
+
+def mcp(label: str = "stdio", **fields: object) -> dict:
+    return {"type": "mcp", "server_label": label, "require_approval": "never", **fields}
+
+
+def check(response: dict) -> dict:
+    """Check a response against the SDK's model; return it."""
+    known(types.Response.model_validate(response, strict=True))
+    assert all(item["id"].startswith(PREFIXES[item["type"]]) for item in response["output"])
+    return response
+
+
+def respond(local: Local, **fields: object) -> dict:
+    """Return a response, not streamed."""
+    answered = http.post(local.url + "/v1/responses", json={**FIELDS, **fields})
+    assert answered.status_code == 200, answered.text
+    return check(answered.json())
+
+
+def respond_streamed(local: Local, **fields: object) -> tuple[dict, list[str]]:
+    """Return a streamed response, put together from its events, and the types of these; they are the SDK's own, in order."""
+    answered = http.post(local.url + "/v1/responses", json={**FIELDS, **fields, "stream": True})
+    assert answered.status_code == 200, answered.text
+    events = [json.loads(frame.split("\ndata: ")[1]) for frame in answered.text.split("\n\n")[:-1]]
+    items: list[dict] = []
+    for number, event in enumerate(events):
+        assert event["sequence_number"] == number
+        known(EVENT.validate_python(event, strict=True))
+        if event["type"] == "response.output_item.added":
+            assert event["output_index"] == len(items)
+            assert not any(event["item"].get(name) for name in ("content", "arguments", "tools", "output", "error"))
+            items.append(event["item"])
+        elif "output_index" in event:
+            item = items[event["output_index"]]
+            assert event.get("item_id", item["id"]) == item["id"]
+            if event["type"].endswith("arguments.delta"):
+                item["arguments"] += event["delta"]
+            elif event["type"].endswith("arguments.done"):
+                assert event["arguments"] == item["arguments"]
+            elif event["type"] == "response.output_item.done":
+                assert event["item"]["id"] == item["id"]
+                if item["type"] != "mcp_approval_request":  # its arguments come all at once
+                    assert event["item"].get("arguments") == item.get("arguments")
+                items[event["output_index"]] = event["item"]
+    assert check(events[-1]["response"])["output"] == items
+    return events[-1]["response"], [event["type"].removeprefix("response.") for event in events]
+
+
+def plain(output: list[dict]) -> list[dict]:
+    """Return items without their ids."""
+    return [{key: value for key, value in item.items() if key not in ("id", "approval_request_id")} for item in output]
+
+
+@pytest.mark.parametrize("label", ["stdio", "http"])
+def test_a_response_runs_a_tool(local: Local, label: str) -> None:
+    tools = [mcp(label, allowed_tools=["capital"])]
+    response, events = respond_streamed(local, tools=tools)
+    text = [event for event in events[events.index("mcp_call.completed") + 2:] if event != "output_text.delta"]
+    assert events[:6] == ["created", "in_progress", "output_item.added", "mcp_list_tools.in_progress",
+                          "mcp_list_tools.completed", "output_item.done"]
+    assert [event for event in events[6:] if event != "mcp_call_arguments.delta"][:5] == [
+        "output_item.added", "mcp_call.in_progress", "mcp_call_arguments.done", "mcp_call.completed", "output_item.done"]
+    assert text == ["output_item.added", "content_part.added", "output_text.done", "content_part.done", "output_item.done",
+                    response["status"]]
+    listed, call, message = response["output"]
+    [tool] = listed["tools"]
+    assert tool["name"] == "capital" and tool["annotations"] == {"readOnlyHint": True} and listed["error"] is None
+    assert (call["name"], call["server_label"], call["status"], call["error"]) == ("capital", label, "completed", None)
+    country = json.loads(call["arguments"])["country"]
+    assert call["output"] == {"France": "Paris", "Italy": "Rome"}[country]
+    assert local.processes[label].noted[-2] == f"capital {country}"
+    again = respond(local, tools=tools)
+    assert plain(again["output"]) == plain(response["output"])
+    assert again["usage"]["total_tokens"] == response["usage"]["total_tokens"]
+
+    # The answer is the one that a client gets which has run the function itself.
+    function = {"type": "function", "name": "capital", "description": tool["description"], "parameters": tool["input_schema"]}
+    said = {"call_id": "call_1", "type": "function_call", "name": "capital", "arguments": call["arguments"]}
+    result = {"call_id": "call_1", "type": "function_call_output", "output": call["output"]}
+    first = respond(local, tools=[function], max_output_tokens=60)
+    spent = first["usage"]["output_tokens"]
+    expected = respond(local, tools=[function], tool_choice="auto", max_output_tokens=60 - spent,
+                       input=[{"role": "user", "content": PARIS}, said, result])
+    assert plain(expected["output"]) == plain([message])
+    assert response["usage"]["output_tokens"] == spent + expected["usage"]["output_tokens"]
+    assert response["usage"]["input_tokens"] == first["usage"]["input_tokens"] + expected["usage"]["input_tokens"]
+
+    # What follows is told from what was said, which is still in the cache, and the list is known.
+    more = {"tools": tools, "tool_choice": "auto", "max_output_tokens": 10}
+    after = respond(local, input="And of Italy?", previous_response_id=response["id"], **more)
+    assert "mcp_list_tools" not in [item["type"] for item in after["output"]]
+    assert after["usage"]["input_tokens_details"]["cached_tokens"] > response["usage"]["input_tokens"] // 2
+    given = [{"role": "user", "content": PARIS}, *response["output"], {"role": "user", "content": "And of Italy?"}]
+    assert plain(respond(local, input=given, **more)["output"]) == plain(after["output"])
+
+
+@pytest.mark.parametrize("name", ["fail", "hang", "die"])
+def test_a_tools_error_is_an_item(local: Local, name: str) -> None:
+    response, events = respond_streamed(local, tools=[mcp(allowed_tools={"tool_names": [name]})])
+    _, call, message = response["output"]
+    assert call["status"] == "failed" and call["output"] is None and call["error"]["type"] == "mcp_tool_execution_error"
+    assert {"fail": "Error executing tool fail", "hang": "The tool did not answer within 2 s.",
+            "die": "The call failed: Connection closed"}[name] in call["error"]["content"][0]["text"]
+    assert events.count("mcp_call.failed") == 1 and "mcp_call.completed" not in events
+    assert message["type"] == "message" and response["error"] is None
+
+
+def test_a_call_may_need_approval(local: Local) -> None:
+    process = local.processes["stdio"]
+    before = process.noted
+    tools = [mcp(allowed_tools={"read_only": True}, require_approval=None)]
+    asked, events = respond_streamed(local, tools=tools)
+    listed, request = asked["output"]
+    assert request["type"] == "mcp_approval_request" and request["name"] == "capital" and process.noted == before
+    assert [tool["name"] for tool in listed["tools"]] == ["capital"] and not any("mcp_call" in event for event in events)
+    answer = {"type": "mcp_approval_response", "approval_request_id": request["id"], "approve": True}
+    more = {"tools": tools, "tool_choice": "auto"}
+    done, events = respond_streamed(local, input=[answer], previous_response_id=asked["id"], **more)
+    call, message = done["output"]
+    assert call["approval_request_id"] == request["id"] and call["arguments"] == request["arguments"]
+    assert call["status"] == "completed" and process.noted[-2] == "capital " + json.loads(call["arguments"])["country"]
+    assert events[2:7] == ["output_item.added", "mcp_call.in_progress", "mcp_call_arguments.delta", "mcp_call_arguments.done",
+                           "mcp_call.completed"]
+    count = len(process.noted)
+    question = {"role": "user", "content": PARIS}
+    by_items = respond(local, input=[question, *asked["output"], answer], **more)
+    assert plain(by_items["output"]) == plain(done["output"]) and len(process.noted) == count + 1
+    no = {**answer, "approve": False, "reason": "Too dear."}
+    denied = respond(local, input=[no], previous_response_id=asked["id"], **more)
+    assert "mcp_call" not in [item["type"] for item in denied["output"]]
+    again = respond(local, input=[{"role": "user", "content": "Thanks."}], previous_response_id=done["id"], **more)
+    assert "mcp_call" not in [item["type"] for item in again["output"]] and len(process.noted) == count + 1
+    for bad, tools_ in (({**answer, "approval_request_id": "mcpr_1"}, tools), ({**answer, "approve": 1}, tools), (answer, [])):
+        refused = http.post(local.url + "/v1/responses", json={
+            "input": [bad], "previous_response_id": asked["id"], "tools": tools_})
+        assert refused.status_code == 400, refused.text
+
+
+@pytest.mark.parametrize("rule, expected", [
+    (None, {"a", "b"}), ("always", {"a", "b"}), ("never", set()), ({"always": {"tool_names": ["a"]}}, {"a"}),
+    ({"never": {"tool_names": ["a"]}}, {"b"}), ({"never": {"read_only": True}}, {"a"}),
+    ({"always": {"tool_names": ["a"]}, "never": {"tool_names": ["a"]}}, {"b"}),
+])
+def test_which_calls_need_approval(rule: object, expected: set[str]) -> None:
+    hint = mcp_types.ToolAnnotations(read_only_hint=True)
+    tools = [mcp_types.Tool(name=name, input_schema={"type": "object"}, annotations=notes) for name, notes in (
+        ("a", None), ("b", hint))]
+    asked = serve.msgspec.convert(mcp(require_approval=rule), serve.McpTools)
+    assert {tool.name for tool in tools if asked.needs_approval(tool)} == expected
+
+
+def test_the_number_of_calls_is_bounded(local: Local) -> None:
+    tools = [mcp(allowed_tools=["capital"])]
+    fields = {"parallel_tool_calls": True, "max_output_tokens": 200, "tools": tools}
+    calls = [item for item in respond(local, max_tool_calls=1, **fields)["output"] if item["type"] == "mcp_call"]
+    assert len(calls) > 1, "this model likes to call"
+    assert [call["status"] for call in calls] == ["completed"] + ["incomplete"] * (len(calls) - 1)
+
+
+def test_the_choice_of_tools(local: Local) -> None:
+    own = {"type": "function", "name": "capital", "parameters": {"type": "object", "properties": {}}}
+    both = [own, mcp("http"), mcp("stdio", server_description="Of states.")]
+    called = [respond(local, tools=both, tool_choice=choice)["output"][2] for choice in (
+        {"type": "function", "name": "capital"}, {"type": "mcp", "server_label": "stdio", "name": "capital"},
+        {"type": "mcp", "server_label": "http", "name": "fail"},
+        {"type": "allowed_tools", "mode": "required", "tools": [{"type": "mcp", "server_label": "http", "name": "capital"}]})]
+    assert [(call["type"], call.get("server_label"), call["name"]) for call in called] == [
+        ("function_call", None, "capital"), ("mcp_call", "stdio", "capital"), ("mcp_call", "http", "fail"),
+        ("mcp_call", "http", "capital")]
+    response, events = respond_streamed(local, tools=[mcp("gone")], tool_choice="auto", max_output_tokens=5)
+    assert "no-such-command" in response["output"][0]["error"] and events[4] == "mcp_list_tools.failed"
+
+
+@pytest.mark.parametrize("tools, choice, said", [
+    ([mcp("other")], "auto", "'other'"), ([mcp(connector_id="x")], "auto", "connector_id"),
+    ([mcp(headers={"a": "b"})], "auto", "headers"), ([mcp(defer_loading=True)], "auto", "defer_loading"),
+    ([{"type": "mcp", "command": "x"}], "auto", "server_label"), ([mcp(allowed_tools=5)], "auto", "allowed_tools"),
+    ([mcp(server_url="file:///x")], "auto", "server_url"), ([mcp()], {"type": "mcp", "server_label": "x"}, "tool_choice"),
+    ([mcp("gone")], "required", "tool_choice"),
+])
+def test_what_is_refused(local: Local, tools: list, choice: object, said: str) -> None:
+    answered = http.post(local.url + "/v1/responses", json={**FIELDS, "tools": tools, "tool_choice": choice})
+    assert answered.status_code == 400 and said in answered.text
+
+
+async def test_an_address_is_refused_unless_allowed() -> None:
+    asked = serve.msgspec.convert(mcp("x", server_url="http://127.0.0.1:1/mcp"), serve.McpTools)
+    with pytest.raises(serve.APIError, match="server_url is not supported here"):
+        await asked.server()
+
+
+def test_a_server_that_the_request_names(local: Local) -> None:
+    url = local.processes["http"].settings["url"]
+    tools = [mcp("remote", server_url=url, authorization="secret", headers={"X-Key": "private"}, allowed_tools=["capital"])]
+    answered = http.post(local.url + "/v1/responses", json={**FIELDS, "tools": tools})
+    assert answered.status_code == 200 and "secret" not in answered.text and "private" not in answered.text
+    listed, call, _ = check(answered.json())["output"]
+    assert call["status"] == "completed" and call["server_label"] == listed["server_label"] == "remote"
+    assert "private" not in http.get(f"{local.url}/v1/responses/{answered.json()['id']}").text
+    assert local.processes["http"].noted[-2].startswith("capital")
+
+
+async def test_the_openai_client(local: Local) -> None:
+    fields = {key: value for key, value in FIELDS.items()} | {"model": "", "tools": [mcp(allowed_tools=["capital"])]}
+    async with openai.AsyncOpenAI(base_url=local.url + "/v1", api_key="none") as client:
+        async with client.responses.stream(**fields) as stream_:
+            kinds = [event.type async for event in stream_]
+            response = await stream_.get_final_response()
+        assert "response.mcp_call.completed" in kinds and kinds[-1] == f"response.{response.status}"
+        assert [item.type for item in response.output] == ["mcp_list_tools", "mcp_call", "message"] and response.output_text
+        whole = await client.responses.create(**fields)
+        assert whole.output_text == response.output_text
+
+
+def test_a_response_that_is_left_or_cancelled_cancels_the_call(local: Local) -> None:
+    process, before = local.processes["stdio"], local.processes["stdio"].noted.count("hang ended")
+    fields = {**FIELDS, "tools": [mcp(allowed_tools=["hang"])]}
+    with pytest.raises(httpx.ReadTimeout):
+        http.post(local.url + "/v1/responses", timeout=0.8, json={**fields, "stream": True})
+    deadline = time.monotonic() + 1
+    while process.noted.count("hang ended") == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    made = http.post(local.url + "/v1/responses", json={**fields, "background": True}).json()
+    deadline = time.monotonic() + 1.5
+    while process.noted.count("hang") == before + 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    ended = http.post(f"{local.url}/v1/responses/{made['id']}/cancel").json()
+    assert ended["status"] == "cancelled" and ended["output"][-1]["status"] == "incomplete"
+    time.sleep(0.1)
+    assert process.noted.count("hang ended") == before + 2
 
 
 def test_no_tool_server_outlives_the_server(local: Local, tiny: Path, tmp_path: Path) -> None:
