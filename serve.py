@@ -3586,15 +3586,13 @@ class ResponseRequest(ResponseRefused, kw_only=True):
     user: str | None = None
 
 
+UNFINISHED = ("queued", "in_progress")
 STORED_RESPONSES, STORED_BYTES = 4096, 256 << 20
 SCHEMA = """
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = NORMAL;  -- a commit survives the process, if not the machine
     CREATE TABLE IF NOT EXISTS responses
         (id TEXT PRIMARY KEY, used REAL, size INTEGER, response TEXT, items TEXT, frames BLOB);
-    CREATE INDEX IF NOT EXISTS by_use ON responses (used, size);
-    UPDATE responses SET response = json_set(response, '$.status', 'failed', '$.error', json('{"code": "server_error",
-        "message": "The server ended before the response did."}')) WHERE response ->> 'status' IN ('queued', 'in_progress');
 """
 EVICT = """
     DELETE FROM responses WHERE id IN (SELECT id FROM (
@@ -3619,7 +3617,7 @@ class LiveResponse:
         """Return an event as it is sent, and let followers have it; what has ended is kept first."""
         body = encode({**event, "sequence_number": len(self.frames)})
         frame = b"event: %s\ndata: %s\n\n" % (event["type"].encode(), body)
-        ended = self.response["status"] not in ("queued", "in_progress")
+        ended = self.response["status"] not in UNFINISHED
         if ended and self.response["store"]:
             await app.responses.save(self.response, self.items, [*self.frames, frame])
         self.frames.append(frame)
@@ -3661,7 +3659,10 @@ class ResponseStore:
         rows = await self.run("UPDATE responses SET used = ? WHERE id = ? RETURNING response, items", time.time(), id)
         if not rows:
             raise APIError(404, f"There is no response {id!r}, or not any more.", "response_not_found", param)
-        return LiveResponse(*map(msgspec.json.decode, rows[0]), ended=True)
+        response, items = map(msgspec.json.decode, rows[0])
+        if response["status"] in UNFINISHED:  # nobody is at it: the server was killed
+            response |= {"status": "failed", "error": {"code": "server_error", "message": "The server ended first."}}
+        return LiveResponse(response, items, ended=True)
 
     async def conversation(self, id: str | None, param: str) -> list[dict[str, Any]]:
         """Return the items of a response and of all that it continues, oldest first. Raises APIError 400, 404."""
@@ -3721,19 +3722,20 @@ async def create_response() -> Response:
 async def response_turn(engine: Engine | AdaptedEngine, body: ResponseRequest, sampling: SamplingParams,
                         messages: list[dict[str, Any]]) -> tuple[TokenStream, AsyncIterator[Delta]]:
     """Put a response's conversation to the model. Raises APIError 400, 429."""
-    use = response_tools(body)
     kwargs = template_kwargs(engine.model, body.reasoning.effort, body.chat_template_kwargs, "reasoning.effort")
-    render = functools.partial(render_chat, engine.model, continue_final=False, kwargs=kwargs, tools=use.offered)
-    if body.truncation == "auto":
-        render = functools.partial(render_fitting, render, engine.max_len, body.instructions is not None)
     form = body.text.format or TextFormat("text")
     if form.type == "json_schema" and (form.name is None or form.schema is None):
         raise APIError(400, "The type json_schema needs a name and a schema.", "invalid_value", "text.format")
     answer = constraint(ResponseFormat(form.type, JSONSchema(form.schema)), None, "text.format")
     try:
+        use = response_tools(body)
+        render = functools.partial(render_chat, engine.model, continue_final=False, kwargs=kwargs, tools=use.offered)
+        if body.truncation == "auto":
+            render = functools.partial(render_fitting, render, engine.max_len, body.instructions is not None)
         return await converse(engine, functools.partial(render, messages), sampling, use, answer)
     except APIError as error:
-        error.param = "input" if str(error.param).startswith("messages") else error.param  # its index is not the client's
+        param = str(error.param).replace(".function", "")  # as this API has it; and its messages are items
+        error.param = error.param and ("input" if param.startswith("messages") else param)
         raise
 
 
@@ -3741,7 +3743,7 @@ def new_response(body: ResponseRequest, model: Model, sampling: SamplingParams) 
     """Return the response to a request as it is at first."""
     echoed = ("instructions", "previous_response_id", "user", "safety_identifier", "prompt_cache_key", "max_tool_calls",
               "max_output_tokens")
-    return {name: getattr(body, name) for name in echoed} | {
+    return {
         "id": f"resp_{uuid.uuid4().hex}", "object": "response", "created_at": int(time.time()), "completed_at": None,
         "status": "queued" if body.background else "in_progress", "background": bool(body.background), "error": None,
         "incomplete_details": None, "model": app.models.public_id(model.id), "output": [], "usage": None,
@@ -3753,6 +3755,7 @@ def new_response(body: ResponseRequest, model: Model, sampling: SamplingParams) 
         "reasoning": {"effort": body.reasoning.effort, "summary": body.reasoning.summary},
         "top_logprobs": body.top_logprobs or 0,
         **{name: getattr(sampling, name) for name in ("temperature", "top_p", "presence_penalty", "frequency_penalty")},
+        **{name: getattr(body, name) for name in echoed},
     }
 
 
@@ -3943,8 +3946,7 @@ def addition(item: dict[str, Any], index: int, text: str, logprobs: list[dict[st
         return {"type": "response.function_call_arguments.delta", **place(item, index), "delta": text}
     [part] = item["content"]
     part["text"] += text
-    if "logprobs" in part:
-        part["logprobs"] += logprobs
+    part.get("logprobs", []).extend(logprobs)
     own = {"logprobs": logprobs} if "logprobs" in part else {}
     return {"type": f"response.{part['type']}.delta", **place(item, index), "delta": text, **own}
 
