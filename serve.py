@@ -3644,7 +3644,8 @@ class ResponseStore:
 
     async def save(self, response: dict[str, Any], items: list[dict[str, Any]], frames: list[bytes]) -> None:
         """Keep a response, and no more of the others than there is room for."""
-        texts, packed = (encode(response).decode(), encode(items).decode()), zlib.compress(b"".join(frames), 1)
+        texts = encode(response).decode(), encode(items).decode()
+        packed = await trio.to_thread.run_sync(zlib.compress, b"".join(frames), 1)
         try:
             await self.run("INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?, ?, ?)", response["id"], time.time(),
                            sum(map(len, texts)) + len(packed), *texts, packed)
