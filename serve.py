@@ -25,6 +25,7 @@ import codecs
 import copy
 import ctypes
 import decimal
+import fcntl
 import functools
 import gc
 import hashlib
@@ -805,17 +806,19 @@ def unknown_model(name: str) -> APIError:
 def default_checkpoint() -> Path:
     """Return the folder of the built-in model, fetched and converted once; what is not complete is made again."""
     folder = cache_folder() / "models" / DEFAULT_MODEL
-    if not is_complete(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        for left in folder.parent.glob(".partial-*"):  # by a start that was interrupted
-            if time.time() - left.stat().st_mtime > 3600:
-                shutil.rmtree(left, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as scratch:
-            converted = Path(scratch) / DEFAULT_MODEL
-            convert_gguf(fetch_default_gguf(Path(scratch)), converted)
-            sizes = {path.name: path.stat().st_size for path in converted.iterdir()}
-            (converted / "complete.json").write_text(json.dumps(sizes))
-            if not is_complete(folder):  # another process may have been faster
+    if is_complete(folder):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (cache_folder() / "models.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be making it: wait for that one
+        for left in folder.parent.glob(".partial-*"):  # by a start that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        if not is_complete(folder):
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as scratch:
+                converted = Path(scratch) / DEFAULT_MODEL
+                convert_gguf(fetch_default_gguf(Path(scratch)), converted)
+                sizes = {path.name: path.stat().st_size for path in converted.iterdir()}
+                (converted / "complete.json").write_text(json.dumps(sizes))
                 shutil.rmtree(folder, ignore_errors=True)
                 converted.rename(folder)
     return folder
