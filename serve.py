@@ -58,8 +58,8 @@ import zipfile
 import zlib
 from array import array
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -2855,6 +2855,15 @@ async def read_body(kind: type) -> Any:
         raise APIError(400, f"The body is not valid JSON: {error}", "invalid_json") from None
 
 
+def converted(value: Any, kind: Any, param: str) -> Any:
+    """Return a part of a body as a struct. Raises APIError 400 with the offending field."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        where = re.search(r"`\$(.*)`$", str(error))
+        raise APIError(400, f"{param}: {error}", "invalid_value", param + (where[1] if where else "")) from None
+
+
 def refuse(body: msgspec.Struct, refused: dict[str, tuple]) -> None:
     """Raise APIError 400 for the first field whose value asks for what is not done."""
     for name, values in refused.items():
@@ -3045,21 +3054,22 @@ class ToolServer:
     reason: str | None = None  # why it failed or is lost
     tools: list[Any] = field(default_factory=list)  # as the server describes them
     client: Any = None
-    last_used: float = 0.0
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)  # it is let go of at the deadline
     settled: trio.Event = field(default_factory=trio.Event)  # it is known how it is
     suspect: trio.Event = field(default_factory=trio.Event)  # its tools may have changed, or it may be dead
 
     async def run(self) -> None:
         """Stay connected for ever, waiting longer after each loss that follows soon upon another."""
         delay = 0.5
-        while True:
-            since = trio.current_time()
-            try:
-                await self.connect()
-            except* Exception as errors:  # whatever libraries make of processes and networks; cancellation passes
-                self.lose(errors)
-            delay = 0.5 if trio.current_time() - since > 2 * MCP_CONNECT else min(2 * delay, 60)
-            await trio.sleep(delay)
+        with self.scope:
+            while True:
+                since = trio.current_time()
+                try:
+                    await self.connect()
+                except* Exception as errors:  # whatever libraries make of processes and networks; cancellation passes
+                    self.lose(errors)
+                delay = 0.5 if trio.current_time() - since > 2 * MCP_CONNECT else min(2 * delay, 60)
+                await trio.sleep(delay)
 
     async def connect(self) -> None:
         """Connect, and look at the tools again and again. Ends with whatever is raised when the server is lost."""
@@ -3153,7 +3163,9 @@ class ToolServer:
         except Exception as error:  # of a library, about a server that is not ours
             self.doubt()
             return CallResult(f"The call failed: {error}", True)
-        return CallResult(shortened(result_text(result), app.settings.mcp_max_result), bool(result.is_error))
+        text, limit = result_text(result), app.settings.mcp_max_result
+        cut = f"\n[Cut here: it has {len(text)} characters.]" if len(text) > limit else ""
+        return CallResult(text[:limit] + cut, bool(result.is_error))
 
 
 async def listed_tools(client: Any) -> list[Any]:
@@ -3175,15 +3187,86 @@ def result_text(result: Any) -> str:
     return "\n".join(texts) if texts or result.structured_content is None else json.dumps(result.structured_content)
 
 
-def shortened(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[:length]}\n[Cut here: it has {len(text)} characters.]"
-
-
 async def wait_for_servers(servers: Iterable[ToolServer]) -> None:
     """Wait for servers that are starting, for a while."""
     with trio.move_on_after(MCP_WAIT):
         for server in servers:
             await server.settled.wait()
+
+
+def remote_server(label: str, settings: ToolServerSettings) -> ToolServer:
+    """Return a server that a request names by its address, connected until nobody has asked for it for a while."""
+    servers, key, now = app.remote_servers, encode((label, settings)), trio.current_time()
+    for old in [old for old, server in servers.items() if server.scope.deadline <= now]:
+        del servers[old]
+    if key not in servers:
+        if len(servers) >= MAX_REMOTE:
+            raise APIError(429, "There are connections to too many MCP servers: try again later.", "queue_full", "tools")
+        servers[key] = ToolServer(label, settings)
+        app.models.nursery.start_soon(servers[key].run)
+    servers[key].scope.deadline = now + REMOTE_IDLE
+    return servers[key]
+
+
+SECRETS = ("headers", "authorization")  # of an MCP server: neither shown nor kept
+
+
+class ToolFilter(msgspec.Struct):
+    tool_names: list[str] | None = None
+    read_only: bool | None = None
+
+    def takes(self, tool: Any) -> bool:
+        """Return whether a tool, as its server describes it, is meant."""
+        read_only = bool(tool.annotations and tool.annotations.read_only_hint)
+        return (self.tool_names is None or tool.name in self.tool_names) and self.read_only in (None, read_only)
+
+
+class ApprovalFilters(msgspec.Struct):
+    always: ToolFilter | None = None
+    never: ToolFilter | None = None
+
+
+class McpTools(msgspec.Struct):
+    """The tools of an MCP server, as a request asks for them."""
+
+    server_label: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}\Z")]
+    server_url: Annotated[str, Meta(pattern="^https?://")] | None = None
+    server_description: str | None = None
+    authorization: str | None = None
+    headers: dict[str, str] | None = None
+    allowed_tools: list[str] | ToolFilter | None = None
+    require_approval: Literal["always", "never"] | ApprovalFilters | None = None
+    connector_id: str | None = None
+    tunnel_id: str | None = None
+    defer_loading: bool | None = None
+    allowed_callers: list[str] | None = None
+
+    def server(self) -> ToolServer:
+        """Return the server. Raises APIError 400."""
+        refuse(self, {"connector_id": (), "tunnel_id": (), "defer_loading": (False,), "allowed_callers": (["direct"],)})
+        if self.server_url:
+            if not app.settings.allow_remote_mcp:
+                refuse(self, {"server_url": ()})
+            bearer = {"Authorization": f"Bearer {self.authorization}"} if self.authorization else {}
+            return remote_server(self.server_label, ToolServerSettings(url=self.server_url,
+                                                                       headers=(self.headers or {}) | bearer))
+        refuse(self, dict.fromkeys(SECRETS, ()))  # the connection is everybody's
+        if self.server_label not in app.tool_servers:
+            raise APIError(400, f"There is no MCP server {self.server_label!r} here.", "invalid_value", "tools")
+        return app.tool_servers[self.server_label]
+
+    def allows(self, tool: Any) -> bool:
+        allowed = ToolFilter(self.allowed_tools) if isinstance(self.allowed_tools, list) else self.allowed_tools
+        return allowed is None or allowed.takes(tool)
+
+    def needs_approval(self, tool: Any) -> bool:
+        """Return whether a client must approve of a tool's calls: it must, where nothing else is said."""
+        rule = self.require_approval
+        if not isinstance(rule, ApprovalFilters):
+            return rule != "never"
+        if rule.never and rule.never.takes(tool):
+            return False
+        return rule.never is not None or rule.always is None or rule.always.takes(tool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -3193,52 +3276,43 @@ class ServerTool:
     server: ToolServer
     listed: Any  # as the server describes it
     definition: dict[str, Any]  # as chat templates have it, with the name by which the model knows it
-    needs_approval: bool = False
+    needs_approval: bool
 
 
-async def server_tools(servers: Iterable[ToolServer], taken: list[Any], about: str | None = None) -> dict[str, ServerTool]:
-    """Return the tools of servers by the names that the model calls them by: after the label if the mere name is taken."""
+async def mcp_tools(asked: list[McpTools], taken: list[Any]) -> tuple[dict[str, ServerTool], list[dict[str, Any]]]:
+    """Return tools by the names that the model calls them by, after the label if the mere name is taken, and their lists.
+
+    Raises APIError 400, 429.
+    """
+    servers = [mcp.server() for mcp in asked]
     await wait_for_servers(servers)
     tools: dict[str, ServerTool] = {}
-    for server in servers:
-        for tool in server.tools:
+    lists = []
+    for mcp, server in zip(asked, servers):
+        allowed = [tool for tool in server.tools if mcp.allows(tool)]
+        for tool in allowed:
             plain = re.sub(r"[^a-zA-Z0-9_-]", "_", tool.name)
             free = (name[:64] for name in (plain, f"{server.label}__{plain}") if name[:64] not in (*taken, *tools))
             if name := next(free, None):  # the third of a name is left out
-                function = {"name": name, "description": " ".join(filter(None, (about, tool.description))),
-                            "parameters": tool.input_schema}
-                tools[name] = ServerTool(server, tool, {"type": "function", "function": function})
-    return tools
+                about = " ".join(filter(None, (mcp.server_description, tool.description)))
+                function = {"name": name, "description": about, "parameters": tool.input_schema}
+                tools[name] = ServerTool(server, tool, {"type": "function", "function": function}, mcp.needs_approval(tool))
+        error = None if server.status == "ready" else f"The MCP server is not running: {server.reason or 'it is starting'}"
+        lists.append({"type": "mcp_list_tools", "server_label": server.label, "tools": list(map(tool_entry, allowed)),
+                      "error": error})
+    return tools, lists
 
 
-async def remote_server(label: str, settings: ToolServerSettings) -> ToolServer:
-    """Return a server that a request names by its address, connected until nobody has asked for it for a while."""
-    key = encode((label, settings))
-    if key not in app.remote_servers:
-        if len(app.remote_servers) >= MAX_REMOTE:
-            raise APIError(429, "There are connections to too many MCP servers: try again later.", "queue_full", "tools")
-        app.remote_servers[key] = ToolServer(label, settings)
-        app.models.nursery.start_soon(run_while_used, key)
-    app.remote_servers[key].last_used = trio.current_time()
-    return app.remote_servers[key]
-
-
-async def run_while_used(key: bytes) -> None:
-    async with trio.open_nursery() as nursery:
-        server = app.remote_servers[key]
-        nursery.start_soon(server.run)
-        while (left := server.last_used + REMOTE_IDLE - trio.current_time()) > 0:
-            await trio.sleep(left)
-        del app.remote_servers[key]
-        nursery.cancel_scope.cancel()
+def tool_entry(tool: Any) -> dict[str, Any]:
+    notes = tool.annotations and tool.annotations.model_dump(by_alias=True, exclude_none=True)
+    return {"name": tool.name, "description": tool.description, "input_schema": tool.input_schema, "annotations": notes}
 
 
 @app.get("/v1/mcp/servers")
 async def list_tool_servers() -> Response:
     """List the MCP servers: how they are, and the tools of those that are ready."""
     return json_response({"object": "list", "data": [
-        {"name": server.label, "status": server.status, "error": server.reason, "tools": [
-            {"name": tool.name, "description": tool.description, "input_schema": tool.input_schema} for tool in server.tools]}
+        {"name": server.label, "status": server.status, "error": server.reason, "tools": list(map(tool_entry, server.tools))}
         for server in app.tool_servers.values()]})
 
 
@@ -3327,7 +3401,9 @@ async def own_tools(body: ChatRequest) -> dict[str, ServerTool]:
     """Return the tools to run inside a chat completion, by name: there are none where an answer has no next turn."""
     if not app.settings.mcp_auto or body.tool_choice == "none" or (body.n or 1) > 1 or body.continue_final_message:
         return {}
-    return await server_tools(app.tool_servers.values(), tool_names(body.tools or []))
+    tools, _ = await mcp_tools([McpTools(label, require_approval="never") for label in app.tool_servers],
+                               tool_names(body.tools or []))
+    return tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -3390,8 +3466,8 @@ async def take_turns(ask: Callable[[list[dict[str, Any]], SamplingParams, ToolUs
                     messages.append({"role": "tool", "tool_call_id": call["id"], "content": result.text})
                     yield result
                 max_calls -= len(calls)
-                offered = [tool for tool in use.offered if max_calls or tool["function"]["name"] not in tools]
-                use = replace(use, offered=offered)
+                if not max_calls:
+                    use = replace(use, offered=[tool for tool in use.offered if tool["function"]["name"] not in tools])
                 found = await turn()
             said = {"role": "assistant", "content": ""}
             async with aclosing(found):
@@ -3400,16 +3476,13 @@ async def take_turns(ask: Callable[[list[dict[str, Any]], SamplingParams, ToolUs
                     if sampling.max_tokens is not None:
                         sampling = replace(sampling, max_tokens=sampling.max_tokens - part.num_tokens)
                     reason = part.finish_reason
-                    if again := reason == "tool_calls" and all(map(may_run, said["tool_calls"])):
+                    called = [tools.get(call["function"]["name"]) for call in said.get("tool_calls", ())]
+                    if again := reason == "tool_calls" and all(tool and not tool.needs_approval for tool in called):
                         again, reason = sampling.max_tokens != 0, None if sampling.max_tokens != 0 else "length"
                     yield replace(part, finish_reason=reason)
             if not again:
                 return
             found, use = None, replace(use, forced=[])
-
-    def may_run(call: dict[str, Any]) -> bool:
-        tool = tools.get(call["function"]["name"])
-        return tool is not None and not tool.needs_approval
 
     found = None if approved else await turn()
     return streams, turns(found) if tools else found
@@ -3432,11 +3505,7 @@ async def without_calls(found: AsyncIterator[Delta | CallResult], tools: dict[st
 
 def tool_names(tools: list[dict[str, Any]]) -> list[str]:
     """Return the names of tools. Raises APIError 400."""
-    try:
-        names = [tool.function.name for tool in msgspec.convert(tools, list[Tool])]
-    except msgspec.ValidationError as error:
-        where = re.search(r"`\$(.*)`$", str(error))
-        raise APIError(400, f"tools: {error}", "invalid_value", "tools" + (where[1] if where else "")) from None
+    names = [tool.function.name for tool in converted(tools, list[Tool], "tools")]
     if len(set(names)) < len(names):
         raise APIError(400, "The names of tools must differ.", "invalid_value", "tools")
     return names
@@ -4001,7 +4070,10 @@ async def create_response() -> Response:
     past = await app.responses.conversation(body.previous_response_id, "previous_response_id")
     live.items = await read_input(body.input, live.response["id"])
     messages = read_items(past, live.items, body.instructions)
-    tools, lists = await mcp_tools(body, past + live.items)
+    asked = [converted(tool, McpTools, f"tools[{i}]") for i, tool in enumerate(body.tools or ()) if tool.get("type") == "mcp"]
+    tools, lists = await mcp_tools(asked, [tool.get("name") for tool in body.tools or ()])
+    known = [item.get("server_label") for item in past + live.items if item["type"] == "mcp_list_tools"]
+    lists = [listed for listed in lists if listed["server_label"] not in known]
     approved = approved_calls(past + live.items, tools)
     streams, found = await take_turns(functools.partial(response_turn, engine, body), messages, sampling,
                                       response_tools(body, tools), tools, body.max_tool_calls or MAX_SERVER_CALLS, approved)
@@ -4029,14 +4101,20 @@ async def response_turn(engine: Engine | AdaptedEngine, body: ResponseRequest, m
     if form.type == "json_schema" and (form.name is None or form.schema is None):
         raise APIError(400, "The type json_schema needs a name and a schema.", "invalid_value", "text.format")
     answer = constraint(ResponseFormat(form.type, JSONSchema(form.schema)), None, "text.format")
-    try:
-        use = response_tools(body)
+    with own_params():
         render = functools.partial(render_chat, engine.model, continue_final=False, kwargs=kwargs, tools=use.offered)
         if body.truncation == "auto":
             render = functools.partial(render_fitting, render, engine.max_len, body.instructions is not None)
         return await converse(engine, functools.partial(render, messages), sampling, use, answer)
+
+
+@contextmanager
+def own_params() -> Iterator[None]:
+    """Name the fields of errors as this API has them: its functions are tools, and its messages are items."""
+    try:
+        yield
     except APIError as error:
-        param = str(error.param).replace(".function", "")  # as this API has it; and its messages are items
+        param = str(error.param).replace(".function", "")
         error.param = error.param and ("input" if param.startswith("messages") else param)
         raise
 
@@ -4062,96 +4140,6 @@ def new_response(body: ResponseRequest, model: Model, sampling: SamplingParams) 
     }
 
 
-SECRETS = ("headers", "authorization")  # of an MCP server: neither shown nor kept
-
-
-class ToolFilter(msgspec.Struct):
-    tool_names: list[str] | None = None
-    read_only: bool | None = None
-
-    def takes(self, tool: Any) -> bool:
-        """Return whether a tool, as its server describes it, is meant."""
-        read_only = bool(tool.annotations and tool.annotations.read_only_hint)
-        return (self.tool_names is None or tool.name in self.tool_names) and self.read_only in (None, read_only)
-
-
-class ApprovalFilters(msgspec.Struct):
-    always: ToolFilter | None = None
-    never: ToolFilter | None = None
-
-
-class McpTools(msgspec.Struct):
-    """The tools of an MCP server, as a request asks for them."""
-
-    server_label: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}\Z")]
-    server_url: Annotated[str, Meta(pattern="^https?://")] | None = None
-    server_description: str | None = None
-    authorization: str | None = None
-    headers: dict[str, str] | None = None
-    allowed_tools: list[str] | ToolFilter | None = None
-    require_approval: Literal["always", "never"] | ApprovalFilters | None = None
-    connector_id: str | None = None
-    tunnel_id: str | None = None
-    defer_loading: bool | None = None
-    allowed_callers: list[str] | None = None
-
-    async def server(self) -> ToolServer:
-        """Return the server. Raises APIError 400."""
-        refuse(self, {"connector_id": (), "tunnel_id": (), "defer_loading": (False,), "allowed_callers": (["direct"],)})
-        if self.server_url:
-            if not app.settings.allow_remote_mcp:
-                refuse(self, {"server_url": ()})
-            bearer = {"Authorization": f"Bearer {self.authorization}"} if self.authorization else {}
-            return await remote_server(self.server_label, ToolServerSettings(url=self.server_url,
-                                                                             headers={**(self.headers or {}), **bearer}))
-        refuse(self, dict.fromkeys(SECRETS, ()))  # the connection is everybody's
-        if self.server_label not in app.tool_servers:
-            raise APIError(400, f"There is no MCP server {self.server_label!r} here.", "invalid_value", "tools")
-        return app.tool_servers[self.server_label]
-
-    def allows(self, tool: Any) -> bool:
-        allowed = ToolFilter(self.allowed_tools) if isinstance(self.allowed_tools, list) else self.allowed_tools
-        return allowed is None or allowed.takes(tool)
-
-    def needs_approval(self, tool: Any) -> bool:
-        """Return whether a client must approve of a tool's calls: it must, where nothing else is said."""
-        rule = self.require_approval
-        if not isinstance(rule, ApprovalFilters):
-            return rule != "never"
-        if rule.never and rule.never.takes(tool):
-            return False
-        return rule.never is not None or rule.always is None or rule.always.takes(tool)
-
-
-async def mcp_tools(body: ResponseRequest,
-                    items: list[dict[str, Any]]) -> tuple[dict[str, ServerTool], list[dict[str, Any]]]:
-    """Return the tools of MCP servers by the names that the model calls them by, and the lists that are not among the items.
-
-    Raises APIError 400.
-    """
-    try:
-        asked = msgspec.convert([tool for tool in body.tools or () if tool.get("type") == "mcp"], list[McpTools])
-    except msgspec.ValidationError as error:
-        raise APIError(400, f"tools: {error}", "invalid_value", "tools") from None
-    servers = [await mcp.server() for mcp in asked]
-    await wait_for_servers(servers)
-    taken = [tool.get("name") for tool in body.tools or ()]
-    known = [item.get("server_label") for item in items if item["type"] == "mcp_list_tools"]
-    tools: dict[str, ServerTool] = {}
-    lists = []
-    for mcp, server in zip(asked, servers):
-        own = await server_tools([server], [*taken, *tools], mcp.server_description)
-        tools |= {name: replace(tool, needs_approval=mcp.needs_approval(tool.listed)) for name, tool in own.items()
-                  if mcp.allows(tool.listed)}
-        listed = [{"name": tool.name, "description": tool.description, "input_schema": tool.input_schema,
-                   "annotations": tool.annotations and tool.annotations.model_dump(by_alias=True, exclude_none=True)}
-                  for tool in server.tools if mcp.allows(tool)]
-        error = None if server.status == "ready" else f"The MCP server is not running: {server.reason or 'it is starting'}"
-        if mcp.server_label not in known:
-            lists.append({"type": "mcp_list_tools", "server_label": mcp.server_label, "tools": listed, "error": error})
-    return tools, lists
-
-
 def approved_calls(items: list[dict[str, Any]], tools: dict[str, ServerTool]) -> list[dict[str, Any]]:
     """Return the calls that were approved of and not yet run, as a chat's. Raises APIError 400."""
     requests = {item["id"]: item for item in items if item["type"] == "mcp_approval_request"}
@@ -4162,8 +4150,7 @@ def approved_calls(items: list[dict[str, Any]], tools: dict[str, ServerTool]) ->
         name = next(iter(meant(call, tools)), None)
         if name is None:
             raise APIError(400, f"The tool {call['name']!r} that was approved of is not among tools.", "invalid_value", "tools")
-        calls.append({"id": short_id(call["id"]), "type": "function", "approval_request_id": call["id"],
-                      "function": {"name": name, "arguments": call["arguments"]}})
+        calls.append({**chat_call(call["id"], name, call["arguments"]), "approval_request_id": call["id"]})
     return calls
 
 
@@ -4235,10 +4222,10 @@ def read_items(past: list[dict[str, Any]], items: list[dict[str, Any]], instruct
                 requests[id] = item
             case {"type": "mcp_approval_response", "approval_request_id": str(id), "approve": bool(approve)} if id in requests:
                 if not approve:
-                    past_call(messages, id, requests[id], item.get("reason") or "The user did not approve of this call.")
-            case {"type": "mcp_call", "id": str(id), "name": str(), "arguments": str()}:
+                    past_call(messages, requests[id], item.get("reason") or "The user did not approve of this call.")
+            case {"type": "mcp_call", "id": str(), "name": str(), "arguments": str()}:
                 if (text := call_text(item)) is not None:
-                    past_call(messages, id, item, text)
+                    past_call(messages, item, text)
             case {"type": "function_call_output", "call_id": str(id)} if id not in calls:
                 raise APIError(400, f"No function call has the call_id {id!r}.", "invalid_value", where)
             case _:
@@ -4255,16 +4242,15 @@ def say(messages: list[dict[str, Any]], field: str, value: Any) -> None:
     messages[-1][field] = messages[-1].get(field, []) + value if field == "tool_calls" else value
 
 
-def past_call(messages: list[dict[str, Any]], id: str, item: dict[str, Any], text: str) -> None:
-    """Add a call that was run here, and its result."""
-    call = {"id": short_id(id), "type": "function", "function": {"name": item["name"], "arguments": item["arguments"]}}
-    say(messages, "tool_calls", [call])
-    messages.append({"role": "tool", "tool_call_id": short_id(id), "content": text})
+def chat_call(id: str, name: str, arguments: str) -> dict[str, Any]:
+    """Return a call that was run here as a chat's; of an id that Mistral's templates take, nine letters and digits."""
+    return {"id": f"{zlib.crc32(id.encode()):09x}", "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def short_id(id: str) -> str:
-    """Return an id of nine letters and digits: Mistral's templates take no others."""
-    return f"{zlib.crc32(id.encode()):09x}"
+def past_call(messages: list[dict[str, Any]], call: dict[str, Any], text: str) -> None:
+    """Add an MCP call, and what came of it."""
+    say(messages, "tool_calls", [said := chat_call(call["id"], call["name"], call["arguments"])])
+    messages.append({"role": "tool", "tool_call_id": said["id"], "content": text})
 
 
 def call_text(item: dict[str, Any]) -> str | None:
@@ -4306,7 +4292,8 @@ def response_tools(body: ResponseRequest, own: dict[str, ServerTool]) -> ToolUse
             tools = [tool for tool in tools if tool["function"].get("name") in names]
         case other:
             raise APIError(400, f"tool_choice {other!r} is not supported here.", "invalid_value", "tool_choice")
-    return tool_use(tools, choice, body.parallel_tool_calls)
+    with own_params():
+        return tool_use(tools, choice, body.parallel_tool_calls)
 
 
 def render_fitting(render: Callable[[list], Prompt], max_len: int, kept: int, messages: list[dict[str, Any]]) -> Prompt:

@@ -80,6 +80,7 @@ def process(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(autouse=True)
 def settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve.app, "settings", serve.Config(mcp_timeout=5.0), raising=False)
+    monkeypatch.setattr(serve.app, "tool_servers", {}, raising=False)
 
 
 @contextlib.asynccontextmanager
@@ -92,10 +93,17 @@ async def running(settings: dict, label: str = "test") -> AsyncIterator[serve.To
         nursery.cancel_scope.cancel()
 
 
+async def offered(*servers: serve.ToolServer, taken: list[str] | None = None) -> dict[str, serve.ServerTool]:
+    """Return the tools of servers, when those have started."""
+    serve.app.tool_servers = {server.label: server for server in servers}
+    tools, _ = await serve.mcp_tools([serve.McpTools(server.label) for server in servers], taken or [])
+    return tools
+
+
 async def test_calls(process: Process, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "serve")
     async with running(process.settings) as server:
-        tools = await serve.server_tools([server], ["fail"])
+        tools = await offered(server, taken=["fail"])
         assert server.status == "ready" and {"capital", "hang", "test__fail", "megabyte"} <= tools.keys()
         assert tools["test__fail"].listed.name == "fail" and tools["test__fail"].definition["function"]["name"] == "test__fail"
         assert tools["capital"].definition["function"]["parameters"]["properties"]["country"]["enum"] == ["France", "Italy"]
@@ -114,14 +122,14 @@ async def test_calls(process: Process, monkeypatch: pytest.MonkeyPatch, caplog: 
 async def test_a_call_that_hangs_is_given_up(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve.app, "settings", serve.Config(mcp_timeout=0.5))
     async with running(process.settings) as server:
-        await serve.server_tools([server], [])
+        await offered(server)
         assert await server.call("hang", "{}") == serve.CallResult("The tool did not answer within 0.5 s.", True)
         await process.notes("hang ended", 2)
 
 
 async def test_a_server_killed_amid_a_call(process: Process) -> None:
     async with running(process.settings) as server, trio.open_nursery() as nursery:
-        await serve.server_tools([server], [])
+        await offered(server)
         process.events.write_text(f"start {process.pid}\n")
         results: list[serve.CallResult] = []
 
@@ -148,7 +156,7 @@ async def test_a_server_that_dies_idle_is_started_again(process: Process, monkey
     if "url" in process.settings:  # that it died shows at the next look
         monkeypatch.setattr(serve, "MCP_LOOK", 0.2)
     async with running(process.settings) as server:
-        await serve.server_tools([server], [])
+        await offered(server)
         os.kill(first := process.pid, signal.SIGKILL)
         with trio.fail_after(5):
             while server.status == "ready":
@@ -164,10 +172,10 @@ async def test_a_server_that_dies_idle_is_started_again(process: Process, monkey
 async def test_new_tools_are_seen(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "MCP_LOOK", 0.2)
     async with running(process.settings) as server:
-        await serve.server_tools([server], [])
+        await offered(server)
         assert (await server.call("learn", '{"name": "news"}')).text == "learned"
         with trio.fail_after(3):
-            while "news" not in await serve.server_tools([server], []):
+            while "news" not in await offered(server):
                 await trio.sleep(0.02)
 
 
@@ -175,7 +183,7 @@ async def test_servers_that_do_not_start(caplog: pytest.LogCaptureFixture) -> No
     async with (running({"command": "no-such-command"}, "none") as none,
                 running({"command": sys.executable, "args": ["-c", "print('nonsense')"]}, "nonsense") as nonsense,
                 running({"url": "http://127.0.0.1:9/mcp"}, "refused") as refused):
-        assert await serve.server_tools([none, nonsense, refused], []) == {}
+        assert await offered(none, nonsense, refused) == {}
         for server, reason in ((none, "FileNotFoundError"), (nonsense, "Connection closed"), (refused, "ConnectError")):
             assert server.status == "failed" and reason in server.reason
             with trio.fail_after(0.1):  # nobody waits for it again
@@ -190,9 +198,9 @@ async def test_a_slow_server_is_waited_for_but_not_for_ever(tmp_path: Path, monk
     code = "import runpy, sys, time; time.sleep(0.5); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     async with running({**process.settings, "args": ["-c", code, *process.settings["args"]]}) as server:
         monkeypatch.setattr(serve, "MCP_WAIT", 0.1)
-        assert await serve.server_tools([server], []) == {} and server.status == "starting"
+        assert await offered(server) == {} and server.status == "starting"
         monkeypatch.setattr(serve, "MCP_WAIT", 10)
-        assert "capital" in await serve.server_tools([server], [])
+        assert "capital" in await offered(server)
 
 
 @pytest.mark.parametrize("text, said", [
@@ -267,7 +275,7 @@ def test_servers_are_listed(local: Local) -> None:
     for server in listed["data"][:2]:
         assert server["status"] == "ready" and server["error"] is None
         assert {"name": "fail", "description": "Raise.", "input_schema": {
-            "type": "object", "properties": {}, "title": "failArguments"}} in server["tools"]
+            "type": "object", "properties": {}, "title": "failArguments"}, "annotations": None} in server["tools"]
 
 
 @pytest.mark.parametrize("name, transport", [("capital", "stdio"), ("http__capital", "http")])
@@ -484,30 +492,32 @@ def test_a_tools_error_is_an_item(local: Local, name: str) -> None:
 
 
 def test_a_call_may_need_approval(local: Local) -> None:
-    process = local.processes["stdio"]
-    before = process.noted
+    def run() -> list[str]:
+        return [event for event in local.processes["stdio"].noted if event.startswith("capital")]
+
+    before = run()
     tools = [mcp(allowed_tools={"read_only": True}, require_approval=None)]
     asked, events = respond_streamed(local, tools=tools)
     listed, request = asked["output"]
-    assert request["type"] == "mcp_approval_request" and request["name"] == "capital" and process.noted == before
+    assert request["type"] == "mcp_approval_request" and request["name"] == "capital" and run() == before
     assert [tool["name"] for tool in listed["tools"]] == ["capital"] and not any("mcp_call" in event for event in events)
     answer = {"type": "mcp_approval_response", "approval_request_id": request["id"], "approve": True}
     more = {"tools": tools, "tool_choice": "auto"}
     done, events = respond_streamed(local, input=[answer], previous_response_id=asked["id"], **more)
     call, message = done["output"]
     assert call["approval_request_id"] == request["id"] and call["arguments"] == request["arguments"]
-    assert call["status"] == "completed" and process.noted[-2] == "capital " + json.loads(call["arguments"])["country"]
+    assert call["status"] == "completed" and run()[-1] == "capital " + json.loads(call["arguments"])["country"]
     assert events[2:7] == ["output_item.added", "mcp_call.in_progress", "mcp_call_arguments.delta", "mcp_call_arguments.done",
                            "mcp_call.completed"]
-    count = len(process.noted)
+    count = len(run())
     question = {"role": "user", "content": PARIS}
     by_items = respond(local, input=[question, *asked["output"], answer], **more)
-    assert plain(by_items["output"]) == plain(done["output"]) and len(process.noted) == count + 1
+    assert plain(by_items["output"]) == plain(done["output"]) and len(run()) == count + 1
     no = {**answer, "approve": False, "reason": "Too dear."}
     denied = respond(local, input=[no], previous_response_id=asked["id"], **more)
     assert "mcp_call" not in [item["type"] for item in denied["output"]]
     again = respond(local, input=[{"role": "user", "content": "Thanks."}], previous_response_id=done["id"], **more)
-    assert "mcp_call" not in [item["type"] for item in again["output"]] and len(process.noted) == count + 1
+    assert "mcp_call" not in [item["type"] for item in again["output"]] and len(run()) == count + 1
     for bad, tools_ in (({**answer, "approval_request_id": "mcpr_1"}, tools), ({**answer, "approve": 1}, tools), (answer, [])):
         refused = http.post(local.url + "/v1/responses", json={
             "input": [bad], "previous_response_id": asked["id"], "tools": tools_})
@@ -561,10 +571,10 @@ def test_what_is_refused(local: Local, tools: list, choice: object, said: str) -
     assert answered.status_code == 400 and said in answered.text
 
 
-async def test_an_address_is_refused_unless_allowed() -> None:
+def test_an_address_is_refused_unless_allowed() -> None:
     asked = serve.msgspec.convert(mcp("x", server_url="http://127.0.0.1:1/mcp"), serve.McpTools)
     with pytest.raises(serve.APIError, match="server_url is not supported here"):
-        await asked.server()
+        asked.server()
 
 
 def test_a_server_that_the_request_names(local: Local) -> None:
