@@ -29,7 +29,7 @@ ALIASES = {
     "--torch-dtype": "dtype", "--cb-block-size": "block_size", "--cb-max-memory-percent": "kv_cache_memory",
     "--cb-max-batch-tokens": "max_batch_tokens",
 }
-SWITCHES = ["trust_remote_code", "continuous_batching", "enable_cors"]
+SWITCHES = ["trust_remote_code", "continuous_batching", "enable_cors", "allow_remote_mcp"]
 
 
 def refusal(capsys: pytest.CaptureFixture, *argv: str) -> str:
