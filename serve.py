@@ -4143,10 +4143,10 @@ def new_response(body: ResponseRequest, model: Model, sampling: SamplingParams) 
 def approved_calls(items: list[dict[str, Any]], tools: dict[str, ServerTool]) -> list[dict[str, Any]]:
     """Return the calls that were approved of and not yet run, as a chat's. Raises APIError 400."""
     requests = {item["id"]: item for item in items if item["type"] == "mcp_approval_request"}
-    run = {item.get("approval_request_id") for item in items if item["type"] == "mcp_call"}
-    approved = (item["approval_request_id"] for item in items if item["type"] == "mcp_approval_response" and item["approve"])
+    run = [item.get("approval_request_id") for item in items if item["type"] == "mcp_call"]
+    approved = [item["approval_request_id"] for item in items if item["type"] == "mcp_approval_response" and item["approve"]]
     calls = []
-    for call in (requests[id] for id in approved if id not in run):
+    for call in (requests[id] for id in dict.fromkeys(approved) if id not in run):
         name = next(iter(meant(call, tools)), None)
         if name is None:
             raise APIError(400, f"The tool {call['name']!r} that was approved of is not among tools.", "invalid_value", "tools")
