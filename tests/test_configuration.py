@@ -23,7 +23,8 @@ VALUES = {
     "max_batch_tokens": ("99", 99), "max_running": ("3", 3), "max_queue": ("4", 4), "threads": ("2", 2),
     "default_seed": ("-5", -5), "host": ("0.0.0.0", "0.0.0.0"), "port": ("0", 0),
     "cors_origin": ("https://a_b.example", ("https://a_b.example",)),
-    "mcp_timeout": ("2.5", 2.5), "mcp_max_result": ("100", 100), "grace_period": ("0.5", 0.5), "log_level": ("debug", "debug"),
+    "mcp_timeout": ("2.5", 2.5), "mcp_max_result": ("100", 100),
+    "response_store": ("a_b.db", "a_b.db"), "grace_period": ("0.5", 0.5), "log_level": ("debug", "debug"),
 }
 ALIASES = {
     "--torch-dtype": "dtype", "--cb-block-size": "block_size", "--cb-max-memory-percent": "kv_cache_memory",
