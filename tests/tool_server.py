@@ -2,6 +2,7 @@
 import os
 import signal
 import sys
+import time
 from typing import Literal
 
 import anyio
@@ -66,9 +67,9 @@ if __name__ == "__main__":
     print("the tool server \x1b[31mspeaks", file=sys.stderr, flush=True)
     if sys.argv[2] == "stdio":
         server.run()
-    elif sys.argv[2] == "stubborn":  # it has no tools, and does not take leave
+    elif sys.argv[2] == "stubborn":  # it has no tools, and takes its time to leave
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         MCPServer("stubborn").run()
-        signal.pause()
+        time.sleep(20)
     else:
         server.run("streamable-http", host="127.0.0.1", port=int(sys.argv[3]))
