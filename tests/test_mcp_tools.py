@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import mcp_types
 import openai
@@ -156,6 +157,16 @@ async def test_a_server_killed_amid_a_call(process: Process) -> None:
         assert again.text == "Paris"
 
 
+async def test_a_server_that_fails_a_call_is_looked_at(process: Process) -> None:
+    """So it is when one over HTTP has forgotten its session."""
+    async with running(process.settings) as server:
+        await offered(server)
+        server.client = Mock(call_tool=Mock(side_effect=RuntimeError("session terminated")))
+        failed = await server.call("capital", '{"country": "Italy"}')
+        assert failed == serve.CallResult("The call failed: session terminated", True)
+        assert await server.call("capital", '{"country": "Italy"}') == serve.CallResult("Rome", False)
+
+
 async def test_a_server_that_dies_idle_is_started_again(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
     if "url" in process.settings:  # that it died shows at the next look
         monkeypatch.setattr(serve, "MCP_LOOK", 0.2)
@@ -287,7 +298,11 @@ def test_servers_are_listed(local: Local) -> None:
 @pytest.mark.parametrize("name, transport", [("capital", "stdio"), ("http__capital", "http")])
 def test_a_chat_runs_a_tool(local: Local, name: str, transport: str) -> None:
     """The answer is that to the conversation which a client would have sent that had run the tool itself."""
-    fields = {"tool_choice": named(name), "max_tokens": 60, "temperature": 0}
+    # Of two answers neither has a next turn: nothing is run here.
+    tools = local.definitions()
+    first = ask(local, tool_choice=named(name), tools=tools, n=2, temperature=0).json()
+    spent = first["usage"]["completion_tokens"] // 2
+    fields = {"tool_choice": named(name), "max_tokens": spent + 6, "temperature": 0}
     answer = ask(local, **fields).json()
     called = local.processes[transport].noted[-2]
     assert called in ("capital France", "capital Italy")
@@ -296,13 +311,9 @@ def test_a_chat_runs_a_tool(local: Local, name: str, transport: str) -> None:
         "name": name, "arguments": json.dumps({"country": country})}}
     history = [*QUESTION, {"role": "assistant", "content": None, "tool_calls": [call]},
                {"role": "tool", "tool_call_id": "call_1", "content": {"France": "Paris", "Italy": "Rome"}[country]}]
-    tools = local.definitions()
-    # Of two answers neither has a next turn: nothing is run here.
-    first = ask(local, **{**fields, "tools": tools, "n": 2}).json()
     assert [json.loads(choice["message"]["tool_calls"][0]["function"]["arguments"]) for choice in first["choices"]] == [
         {"country": country}] * 2
-    spent = first["usage"]["completion_tokens"] // 2
-    expected = ask(local, messages=history, tools=tools, n=2, max_tokens=60 - spent, temperature=0).json()
+    expected = ask(local, messages=history, tools=tools, n=2, max_tokens=6, temperature=0).json()
     [choice] = answer["choices"]
     assert choice["message"] == expected["choices"][0]["message"] and "tool_calls" not in choice["message"]
     assert choice["finish_reason"] == expected["choices"][0]["finish_reason"]
