@@ -15,12 +15,14 @@ The life of a request, top to bottom of this file and back:
     deltas             turns tokens into text, stops at stop strings; chat_chunks makes them chunks, sent or folded
 
 Contents: Configuration · Paged KV cache · Sequences · Scheduler · Model · Runner · Fusion · Sampling · Structured output ·
-Engine · Model pool · Prompts · Deltas · HTTP · Sampling fields · Chat completions · Completions · Models and health · Main.
+Engine · Model pool · Prompts · Deltas · HTTP · Sampling fields · MCP tools · Chat completions · Completions ·
+Responses · Models and health · Main.
 Each banner is the name of its test file.
 """
 from __future__ import annotations
 
 import argparse
+import bisect
 import codecs
 import copy
 import ctypes
@@ -29,6 +31,7 @@ import fcntl
 import functools
 import gc
 import hashlib
+import importlib
 import inspect
 import itertools
 import json
@@ -41,6 +44,7 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -51,10 +55,11 @@ import types
 import uuid
 import warnings
 import zipfile
+import zlib
 from array import array
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -150,6 +155,35 @@ def existing_file(text: str) -> str:
     return text
 
 
+class ToolServerSettings(msgspec.Struct, kw_only=True):
+    """How to reach an MCP server: the command that starts it, or its address."""
+
+    command: str | None = None
+    args: list[str] = []
+    env: dict[str, str] = {}
+    cwd: str | None = None
+    url: Annotated[str, Meta(pattern="^https?://")] | None = None
+    headers: dict[str, str] = {}
+    disabled: bool = False
+
+
+class ToolServersFile(msgspec.Struct):
+    mcp_servers: dict[Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}\Z")], ToolServerSettings] = msgspec.field(
+        name="mcpServers")
+
+
+def tool_servers(text: str) -> dict[str, ToolServerSettings]:
+    """Return the MCP servers of a configuration file, by label."""
+    try:
+        servers = msgspec.json.decode(Path(text).read_bytes(), type=ToolServersFile).mcp_servers
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be read: {error}") from None
+    for label, settings in servers.items():
+        if (settings.command is None) == (settings.url is None):
+            raise argparse.ArgumentTypeError(f"{text!r}: the server {label!r} needs either a command or a url")
+    return {label: settings for label, settings in servers.items() if not settings.disabled}
+
+
 def named_adapter(text: str) -> str:
     """Return a NAME=FOLDER whose folder holds an adapter."""
     name, _, folder = text.partition("=")
@@ -230,11 +264,22 @@ class Config:
     threads: int | None = flag(None, "engine", "CPU threads of the forward pass; default: torch's", at_least(1))
     default_seed: int | None = flag(None, "engine", "makes requests without a seed reproducible too", int)
 
+    mcp_config: dict | None = flag(None, "tools", "a JSON file of MCP servers whose tools can be run here, as desktop clients "
+                                   'have it: {"mcpServers": {NAME: {"command", "args", "env"} or {"url", "headers"}}}',
+                                   tool_servers, metavar="FILE")
+    mcp_auto: bool = flag(False, "tools", "offer these tools in every chat completion, and run them inside the request")
+    allow_remote_mcp: bool = flag(False, "tools", "let requests to /v1/responses name an MCP server by its address, whichever "
+                                  "address this machine can reach")
+    mcp_timeout: float = flag(60.0, "tools", "seconds that one call of a tool may take", at_least(0.1, float))
+    mcp_max_result: int = flag(16384, "tools", "characters of a tool's result that the model gets to read", at_least(1))
+
     host: str = flag("127.0.0.1", "server", "address to listen on")
     port: int = flag(8000, "server", "port to listen on; 0: any free one", at_least(0))
     enable_cors: bool = flag(False, "server", "let web pages of any origin call the server")
     cors_origin: tuple[str, ...] = flag((), "server", "let web pages of this origin call the server; repeatable",
                                         metavar="ORIGIN")
+    response_store: str | None = flag(None, "server", "keep what /v1/responses answered in this SQLite file, not in memory",
+                                      metavar="FILE")
     grace_period: float = flag(8.0, "server", "seconds that running requests get to finish at shutdown", at_least(0, float))
     log_level: str = flag("info", "server", "how much to log", choices=["debug", "info", "warning", "error", "critical"])
 
@@ -268,7 +313,7 @@ def parse_command_line(argv: list[str]) -> Config:
     parser = argparse.ArgumentParser("serve.py", description=__doc__.split("\n")[0], allow_abbrev=False,
                                      epilog=f"Downloads are kept in {cache_folder()} (set SERVE_CACHE to move it).")
     parser.error = lambda message: parser.exit(2, f"serve.py: {message}\n")
-    groups = {name: parser.add_argument_group(name) for name in ("models", "engine", "server")}
+    groups = {name: parser.add_argument_group(name) for name in ("models", "engine", "tools", "server")}
     groups["quantisation"] = groups["models"].add_mutually_exclusive_group()
     for name in ("bnb-4bit", "bnb-8bit"):
         groups["quantisation"].add_argument("--load-in-" + name[4:], dest="quantization", action="store_const", const=name,
@@ -285,6 +330,8 @@ def parse_command_line(argv: list[str]) -> Config:
         if name not in ACCEPTED_FLAGS:
             arguments.append(name + equals + value)
     values = vars(parser.parse_args(arguments))
+    if values["mcp_auto"] and not values["mcp_config"]:
+        parser.error("--mcp-auto needs --mcp-config")
     if values["force_model"] and values["models"]:
         parser.error("--force-model loads one model: name no others")
     taken = {*values["models"], values["force_model"], values["served_model_name"]}
@@ -2701,6 +2748,10 @@ class App(QuartTrio):
     models: ModelPool
     settings: Config
     rendering = trio.CapacityLimiter(4)  # threads that turn messages into tokens
+    tool_servers: dict[str, ToolServer]
+    remote_servers: dict[bytes, ToolServer]
+    responses: ResponseStore
+    live: dict[str, LiveResponse]  # those that are made in the background
     draining = False
     active = 0  # requests being answered
 
@@ -2804,6 +2855,15 @@ async def read_body(kind: type) -> Any:
         raise APIError(400, f"The body is not valid JSON: {error}", "invalid_json") from None
 
 
+def converted(value: Any, kind: Any, param: str) -> Any:
+    """Return a part of a body as a struct. Raises APIError 400 with the offending field."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        where = re.search(r"`\$(.*)`$", str(error))
+        raise APIError(400, f"{param}: {error}", "invalid_value", param + (where[1] if where else "")) from None
+
+
 def refuse(body: msgspec.Struct, refused: dict[str, tuple]) -> None:
     """Raise APIError 400 for the first field whose value asks for what is not done."""
     for name, values in refused.items():
@@ -2811,15 +2871,18 @@ def refuse(body: msgspec.Struct, refused: dict[str, tuple]) -> None:
             raise APIError(400, f"{name} is not supported here.", "unsupported_parameter", name)
 
 
-def event_stream(events: AsyncIterator[dict[str, Any]], end: bytes = b"data: [DONE]\n\n") -> Response:
-    """Send each dict as a server-sent event, in one write, then the end; a client that leaves closes the iterator."""
+def event_stream(events: AsyncIterator[dict[str, Any] | bytes], end: bytes = b"data: [DONE]\n\n") -> Response:
+    """Send each dict as a server-sent event, or bytes that are one, in one write, then the end.
+
+    A client that leaves closes the iterator.
+    """
     where = f"{request.method} {request.path!r}"
 
     async def body() -> AsyncIterator[bytes]:
         async with aclosing(events):
             try:
                 async for event in events:
-                    yield b"data: " + encode(event) + b"\n\n"
+                    yield event if isinstance(event, bytes) else b"data: " + encode(event) + b"\n\n"
                 yield end
             except Exception as error:  # the status is sent already: what is left is to say so in the stream
                 yield b"data: " + encode(error_body(for_client(error, where))) + b"\n\n"
@@ -2837,6 +2900,7 @@ Count = Annotated[int, Meta(ge=0)]
 
 class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class SamplingFields(msgspec.Struct, kw_only=True):
@@ -2961,6 +3025,297 @@ def first_of(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
+# ── MCP tools ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Decides which tools are run here: those of MCP servers, each of them started, watched and started again by a task of its own.
+
+MCP_WAIT = 10.0  # seconds that a request waits for servers that are starting
+MCP_CONNECT = 60.0  # seconds to start and to tell its tools: a server may have to be downloaded first
+MCP_LOOK = 30.0  # seconds between two looks at a server's tools, which show that it lives
+MAX_SERVER_CALLS = 32  # of tools that are run here, in one answer
+MAX_REMOTE, REMOTE_IDLE = 64, 600.0  # servers that requests name, and seconds for which one is kept without such a request
+MAX_MCP_MESSAGE = 16 << 20  # bytes of an event that comes over HTTP
+
+
+@dataclass(frozen=True, slots=True)
+class CallResult:
+    """What a tool answered, or why it did not."""
+
+    text: str
+    is_error: bool
+
+
+@dataclass(slots=True, eq=False)
+class ToolServer:
+    """An MCP server, and the connection to it. One task owns that; others may call tools over it while it lasts."""
+
+    label: str
+    settings: ToolServerSettings
+    status: str = "starting"  # for the first time or again; then ready or, if it does not start, failed: it is tried again
+    reason: str | None = None  # why it failed or is lost
+    tools: list[Any] = field(default_factory=list)  # as the server describes them
+    client: Any = None
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)  # it is let go of at the deadline
+    settled: trio.Event = field(default_factory=trio.Event)  # it is known how it is
+    suspect: trio.Event = field(default_factory=trio.Event)  # its tools may have changed, or it may be dead
+
+    async def run(self) -> None:
+        """Stay connected for ever, waiting longer after each loss that follows soon upon another."""
+        delay = 0.5
+        with self.scope:
+            while True:
+                since = trio.current_time()
+                try:
+                    await self.connect()
+                except* Exception as errors:  # whatever libraries make of processes and networks; cancellation passes
+                    self.lose(errors)
+                delay = 0.5 if trio.current_time() - since > 2 * MCP_CONNECT else min(2 * delay, 60)
+                await trio.sleep(delay)
+
+    async def connect(self) -> None:
+        """Connect, and look at the tools again and again. Ends with whatever is raised when the server is lost."""
+        await trio.to_thread.run_sync(importlib.import_module, "mcp")  # half a second, for those who need it
+        import mcp
+
+        with trio.fail_after(MCP_CONNECT) as limit:
+            async with mcp.Client(self.transport(), message_handler=self.hear, cache=None) as client:
+                while True:
+                    self.suspect = trio.Event()
+                    tools = await listed_tools(client)
+                    limit.deadline = math.inf
+                    self.gain(client, tools)
+                    with trio.move_on_after(MCP_LOOK):
+                        await self.suspect.wait()
+                    limit.deadline = trio.current_time() + MCP_CONNECT
+
+    @asynccontextmanager
+    async def transport(self) -> AsyncIterator[Any]:
+        """Start the server or reach out for it, and yield the streams of its messages."""
+        import httpx2
+        from mcp.client import stdio, streamable_http
+
+        if url := self.settings.url:
+            async with (httpx2.AsyncClient(headers=self.settings.headers, timeout=httpx2.Timeout(30, read=None)) as http,
+                        streamable_http.streamable_http_client(url, http_client=http,
+                                                               max_sse_event_size=MAX_MCP_MESSAGE) as streams):
+                yield streams
+            return
+        start = stdio.StdioServerParameters(command=self.settings.command, args=self.settings.args, env=self.settings.env,
+                                            cwd=self.settings.cwd)
+        readable, writable = os.pipe()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.log_output, readable)
+            with open(writable, "w") as stderr:
+                async with stdio.stdio_client(start, stderr) as streams:
+                    stderr.close()  # the server has it
+                    yield streams
+            nursery.cancel_scope.cancel()
+
+    async def log_output(self, stderr: int) -> None:
+        """Log what the server writes to stderr; that ends when the server does."""
+        rest = b""
+        async with trio.lowlevel.FdStream(stderr) as stream:
+            async for chunk in stream:
+                *lines, rest = (rest + chunk)[-65536:].split(b"\n")
+                for line in lines:
+                    log.info("mcp %s: %s", self.label, "".join(filter(str.isprintable, line.decode(errors="replace"))))
+        self.doubt()
+
+    async def hear(self, message: Any) -> None:
+        if getattr(message, "method", None) == "notifications/tools/list_changed":
+            self.doubt()
+
+    def doubt(self) -> None:
+        """Have the server looked at; who needs it waits for that."""
+        self.settled = trio.Event() if self.settled.is_set() else self.settled
+        self.suspect.set()
+
+    def gain(self, client: Any, tools: list[Any]) -> None:
+        """Take note of a server that answers."""
+        if self.status != "ready":
+            log.info("mcp %s: ready, with %d tools", self.label, len(tools))
+        self.client, self.tools, self.status, self.reason = client, tools, "ready", None
+        self.settled.set()
+
+    def lose(self, errors: BaseExceptionGroup) -> None:
+        """Take note of a server that does not answer: one that did is started again at once."""
+        first = errors
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        self.client, self.tools, self.reason = None, [], f"{type(first).__name__}: {first}"
+        log.warning("mcp %s: %s: %s", self.label, "lost" if self.status == "ready" else "cannot be started", self.reason)
+        if self.status == "ready":
+            self.status = "starting"
+            self.doubt()
+        else:
+            self.status = "failed"
+            self.settled.set()
+
+    async def call(self, name: str, arguments: str) -> CallResult:
+        """Run a tool. Whatever goes wrong is its result, for the model to read; to cancel this is to cancel the call."""
+        await wait_for_servers([self])
+        if self.client is None:
+            return CallResult(f"The server of this tool is not running: {self.reason}", True)
+        try:
+            with trio.fail_after(app.settings.mcp_timeout):
+                result = await self.client.call_tool(name, msgspec.json.decode(arguments or "{}", type=dict[str, Any]))
+        except trio.TooSlowError:
+            return CallResult(f"The tool did not answer within {app.settings.mcp_timeout:g} s.", True)
+        except Exception as error:  # of a library, about a server that is not ours
+            self.doubt()
+            return CallResult(f"The call failed: {error}", True)
+        text, limit = result_text(result), app.settings.mcp_max_result
+        cut = f"\n[Cut here: it has {len(text)} characters.]" if len(text) > limit else ""
+        return CallResult(text[:limit] + cut, bool(result.is_error))
+
+
+async def listed_tools(client: Any) -> list[Any]:
+    """Return the tools of a server, page by page."""
+    page = await client.list_tools()
+    tools = page.tools
+    while page.next_cursor is not None and len(tools) < 1024:
+        page = await client.list_tools(cursor=page.next_cursor)
+        tools += page.tools
+    return tools
+
+
+def result_text(result: Any) -> str:
+    """Return what a tool's result says; what is no text is named."""
+    texts = []
+    for block in result.content:
+        text = getattr(getattr(block, "resource", block), "text", None)
+        texts.append(f"[{block.type}: it is no text, and not shown]" if text is None else text)
+    return "\n".join(texts) if texts or result.structured_content is None else json.dumps(result.structured_content)
+
+
+async def wait_for_servers(servers: Iterable[ToolServer]) -> None:
+    """Wait for servers that are starting, for a while."""
+    with trio.move_on_after(MCP_WAIT):
+        for server in servers:
+            await server.settled.wait()
+
+
+def remote_server(label: str, settings: ToolServerSettings) -> ToolServer:
+    """Return a server that a request names by its address, connected until nobody has asked for it for a while."""
+    servers, key, now = app.remote_servers, encode((label, settings)), trio.current_time()
+    for old in [old for old, server in servers.items() if server.scope.deadline <= now]:
+        del servers[old]
+    if key not in servers:
+        if len(servers) >= MAX_REMOTE:
+            raise APIError(429, "There are connections to too many MCP servers: try again later.", "queue_full", "tools")
+        servers[key] = ToolServer(label, settings)
+        app.models.nursery.start_soon(servers[key].run)
+    servers[key].scope.deadline = now + REMOTE_IDLE
+    return servers[key]
+
+
+SECRETS = ("headers", "authorization")  # of an MCP server: neither shown nor kept
+
+
+class ToolFilter(msgspec.Struct):
+    tool_names: list[str] | None = None
+    read_only: bool | None = None
+
+    def takes(self, tool: Any) -> bool:
+        """Return whether a tool, as its server describes it, is meant."""
+        read_only = bool(tool.annotations and tool.annotations.read_only_hint)
+        return (self.tool_names is None or tool.name in self.tool_names) and self.read_only in (None, read_only)
+
+
+class ApprovalFilters(msgspec.Struct):
+    always: ToolFilter | None = None
+    never: ToolFilter | None = None
+
+
+class McpTools(msgspec.Struct):
+    """The tools of an MCP server, as a request asks for them."""
+
+    server_label: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}\Z")]
+    server_url: Annotated[str, Meta(pattern="^https?://")] | None = None
+    server_description: str | None = None
+    authorization: str | None = None
+    headers: dict[str, str] | None = None
+    allowed_tools: list[str] | ToolFilter | None = None
+    require_approval: Literal["always", "never"] | ApprovalFilters | None = None
+    connector_id: str | None = None
+    tunnel_id: str | None = None
+    defer_loading: bool | None = None
+    allowed_callers: list[str] | None = None
+
+    def server(self) -> ToolServer:
+        """Return the server. Raises APIError 400."""
+        refuse(self, {"connector_id": (), "tunnel_id": (), "defer_loading": (False,), "allowed_callers": (["direct"],)})
+        if self.server_url:
+            if not app.settings.allow_remote_mcp:
+                refuse(self, {"server_url": ()})
+            bearer = {"Authorization": f"Bearer {self.authorization}"} if self.authorization else {}
+            return remote_server(self.server_label, ToolServerSettings(url=self.server_url,
+                                                                       headers=(self.headers or {}) | bearer))
+        refuse(self, dict.fromkeys(SECRETS, ()))  # the connection is everybody's
+        if self.server_label not in app.tool_servers:
+            raise APIError(400, f"There is no MCP server {self.server_label!r} here.", "invalid_value", "tools")
+        return app.tool_servers[self.server_label]
+
+    def allows(self, tool: Any) -> bool:
+        allowed = ToolFilter(self.allowed_tools) if isinstance(self.allowed_tools, list) else self.allowed_tools
+        return allowed is None or allowed.takes(tool)
+
+    def needs_approval(self, tool: Any) -> bool:
+        """Return whether a client must approve of a tool's calls: it must, where nothing else is said."""
+        rule = self.require_approval
+        if not isinstance(rule, ApprovalFilters):
+            return rule != "never"
+        if rule.never and rule.never.takes(tool):
+            return False
+        return rule.never is not None or rule.always is None or rule.always.takes(tool)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerTool:
+    """A tool that is run here, if need be when a client has approved of it."""
+
+    server: ToolServer
+    listed: Any  # as the server describes it
+    definition: dict[str, Any]  # as chat templates have it, with the name by which the model knows it
+    needs_approval: bool
+
+
+async def mcp_tools(asked: list[McpTools], taken: list[Any]) -> tuple[dict[str, ServerTool], list[dict[str, Any]]]:
+    """Return tools by the names that the model calls them by, after the label if the mere name is taken, and their lists.
+
+    Raises APIError 400, 429.
+    """
+    servers = [mcp.server() for mcp in asked]
+    await wait_for_servers(servers)
+    tools: dict[str, ServerTool] = {}
+    lists = []
+    for mcp, server in zip(asked, servers):
+        allowed = [tool for tool in server.tools if mcp.allows(tool)]
+        for tool in allowed:
+            plain = re.sub(r"[^a-zA-Z0-9_-]", "_", tool.name)
+            free = (name[:64] for name in (plain, f"{server.label}__{plain}") if name[:64] not in (*taken, *tools))
+            if name := next(free, None):  # the third of a name is left out
+                about = " ".join(filter(None, (mcp.server_description, tool.description)))
+                function = {"name": name, "description": about, "parameters": tool.input_schema}
+                tools[name] = ServerTool(server, tool, {"type": "function", "function": function}, mcp.needs_approval(tool))
+        error = None if server.status == "ready" else f"The MCP server is not running: {server.reason or 'it is starting'}"
+        lists.append({"type": "mcp_list_tools", "server_label": server.label, "tools": list(map(tool_entry, allowed)),
+                      "error": error})
+    return tools, lists
+
+
+def tool_entry(tool: Any) -> dict[str, Any]:
+    notes = tool.annotations and tool.annotations.model_dump(by_alias=True, exclude_none=True)
+    return {"name": tool.name, "description": tool.description, "input_schema": tool.input_schema, "annotations": notes}
+
+
+@app.get("/v1/mcp/servers")
+async def list_tool_servers() -> Response:
+    """List the MCP servers: how they are, and the tools of those that are ready."""
+    return json_response({"object": "list", "data": [
+        {"name": server.label, "status": server.status, "error": server.reason, "tools": list(map(tool_entry, server.tools))}
+        for server in app.tool_servers.values()]})
+
+
 # ── Chat completions ──────────────────────────────────────────────────────────────────────────────────────────────────
 # POST /v1/chat/completions. One stream of chunks: sent as it comes, or folded into one answer.
 
@@ -3027,20 +3382,28 @@ async def chat_completions() -> Response:
     body.max_tokens = first_of(body.max_completion_tokens, body.max_tokens)
     engine = await app.models.get(body.model)
     sampling = sampling_params(body, engine.model, (body.top_logprobs or 0) if body.logprobs else None)
-    use, answer, kwargs = tool_use(body), constraint(body), template_kwargs(body, engine.model)
-    prompt = await trio.to_thread.run_sync(render_chat, engine.model, body.messages, bool(body.continue_final_message), kwargs,
-                                           use.offered, limiter=app.rendering)
-    form = answer_form(engine.model)
-    enforced = use.forced or (use.offered if answer else [])
-    if answer or enforced:
-        grammar = chat_grammar(engine.model, form, prompt, None if use.forced else answer, enforced, use.max_calls)
-        sampling = replace(sampling, grammar=await engine.grammars.compile(grammar))
-    template = response_template(form, live_calls(enforced) if enforced else form.calls if use.offered else {})
-    make_reader = functools.partial(Reader, template, prompt.opening, use.offered, use.max_calls > 1)
-    stream = engine.submit([prompt], sampling, body.n or 1)
-    found = deltas(stream, False, hidden_tokens(engine.model.tokenizer, template), make_reader if template else lambda: None)
-    chunks = chat_chunks(stream, found, body.include_usage)
+    answer = constraint(body.response_format, body.structured_outputs)
+    kwargs = template_kwargs(engine.model, body.reasoning_effort, body.chat_template_kwargs)
+    tools = await own_tools(body)
+    use = tool_use([*(body.tools or []), *(tool.definition for tool in tools.values())], body.tool_choice,
+                   body.parallel_tool_calls)
+
+    async def ask(messages: list[dict[str, Any]], sampling: SamplingParams, use: ToolUse) -> Turn:
+        render = functools.partial(render_chat, engine.model, messages, bool(body.continue_final_message), kwargs, use.offered)
+        return await converse(engine, render, sampling, use, answer, body.n or 1)
+
+    streams, found = await take_turns(ask, body.messages, sampling, use, tools)
+    chunks = chat_chunks(streams, without_calls(found, tools) if tools else found, body.include_usage)
     return event_stream(chunks) if body.stream else json_response(await fold_chat(chunks))
+
+
+async def own_tools(body: ChatRequest) -> dict[str, ServerTool]:
+    """Return the tools to run inside a chat completion, by name: there are none where an answer has no next turn."""
+    if not app.settings.mcp_auto or body.tool_choice == "none" or (body.n or 1) > 1 or body.continue_final_message:
+        return {}
+    tools, _ = await mcp_tools([McpTools(label, require_approval="never") for label in app.tool_servers],
+                               tool_names(body.tools or []))
+    return tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -3052,39 +3415,127 @@ class ToolUse:
     max_calls: int
 
 
-def tool_use(body: ChatRequest) -> ToolUse:
-    """Return what a request's `tools` and `tool_choice` ask for. Raises APIError 400."""
-    tools, choice = body.tools or [], body.tool_choice
-    try:
-        names = [tool.function.name for tool in msgspec.convert(tools, list[Tool])]
-    except msgspec.ValidationError as error:
-        where = re.search(r"`\$(.*)`$", str(error))
-        raise APIError(400, f"tools: {error}", "invalid_value", "tools" + (where[1] if where else "")) from None
+Turn = tuple[TokenStream, AsyncIterator[Delta]]
+
+
+async def converse(engine: Engine | AdaptedEngine, render: Callable[[], Prompt], sampling: SamplingParams, use: ToolUse,
+                   answer: tuple[str, dict[str, Any]] | None, n: int = 1) -> Turn:
+    """Put a conversation to a model: return the stream of n answers and the deltas, not yet in the queue, that it becomes.
+
+    `answer` is the field that says what the answer must look like, and its grammar. Raises APIError 400, 429.
+    """
+    prompt = await trio.to_thread.run_sync(render, limiter=app.rendering)
+    form = answer_form(engine.model)
+    enforced = use.forced or (use.offered if answer else [])
+    if answer or enforced:
+        grammar = chat_grammar(engine.model, form, prompt, None if use.forced else answer, enforced, use.max_calls)
+        sampling = replace(sampling, grammar=await engine.grammars.compile(grammar))
+    template = response_template(form, live_calls(enforced) if enforced else form.calls if use.offered else {})
+    make_reader = functools.partial(Reader, template, prompt.opening, use.offered, use.max_calls > 1)
+    stream = engine.submit([prompt], sampling, n)
+    hidden = hidden_tokens(engine.model.tokenizer, template)
+    return stream, deltas(stream, False, hidden, make_reader if template else lambda: None)
+
+
+async def take_turns(ask: Callable[[list[dict[str, Any]], SamplingParams, ToolUse], Awaitable[Turn]],
+                     messages: list[dict[str, Any]], sampling: SamplingParams, use: ToolUse, tools: dict[str, ServerTool],
+                     max_calls: int = MAX_SERVER_CALLS, approved: list[dict[str, Any]] | None = None,
+                     ) -> tuple[list[TokenStream], AsyncIterator[Delta | CallResult]]:
+    """Ask the model, and go on for as long as all that it calls are `tools` that may run: they are, and it is asked again.
+
+    Returns the turns' streams, to which the later ones are added, and what comes of all turns. Before the first the approved
+    calls are run; it alone is bound to call a tool. With `tools` there is one answer. Raises APIError 400, 429.
+    """
+    streams: list[TokenStream] = []
+
+    async def turn() -> AsyncIterator[Delta]:
+        stream, found = await ask(messages, sampling, use)
+        streams.append(stream)
+        return found
+
+    async def turns(found: AsyncIterator[Delta] | None) -> AsyncIterator[Delta | CallResult]:
+        nonlocal messages, sampling, use, max_calls
+        said: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": approved}
+        while True:
+            if found is None:
+                calls = said["tool_calls"] = said["tool_calls"][:max_calls]
+                messages = [*messages, said]
+                for call in calls:
+                    tool = tools[call["function"]["name"]]
+                    result = await tool.server.call(tool.listed.name, call["function"]["arguments"])
+                    messages.append({"role": "tool", "tool_call_id": call["id"], "content": result.text})
+                    yield result
+                max_calls -= len(calls)
+                if not max_calls:
+                    use = replace(use, offered=[tool for tool in use.offered if tool["function"]["name"] not in tools])
+                found = await turn()
+            said = {"role": "assistant", "content": ""}
+            async with aclosing(found):
+                async for part in found:
+                    fold_message(said, message_delta(part.pieces))
+                    if sampling.max_tokens is not None:
+                        sampling = replace(sampling, max_tokens=sampling.max_tokens - part.num_tokens)
+                    reason = part.finish_reason
+                    called = [tools.get(call["function"]["name"]) for call in said.get("tool_calls", ())]
+                    if again := reason == "tool_calls" and all(tool and not tool.needs_approval for tool in called):
+                        again, reason = sampling.max_tokens != 0, None if sampling.max_tokens != 0 else "length"
+                    yield replace(part, finish_reason=reason)
+            if not again:
+                return
+            found, use = None, replace(use, forced=[])
+
+    found = None if approved else await turn()
+    return streams, turns(found) if tools else found
+
+
+async def without_calls(found: AsyncIterator[Delta | CallResult], tools: dict[str, ServerTool]) -> AsyncIterator[Delta]:
+    """Yield the deltas without what was run here, or might have been: a client sees the calls of its own tools only."""
+    numbers: dict[int, int] = {}
+    async with aclosing(found):
+        async for part in found:
+            if isinstance(part, CallResult):
+                continue
+            for piece in part.pieces:
+                if piece.kind == "call" and piece.text not in tools:
+                    numbers[piece.call] = len(numbers)
+            yield replace(part, pieces=tuple(
+                replace(piece, call=numbers.get(piece.call, 0)) for piece in part.pieces
+                if piece.kind in ("content", "reasoning") or piece.call in numbers))
+
+
+def tool_names(tools: list[dict[str, Any]]) -> list[str]:
+    """Return the names of tools. Raises APIError 400."""
+    names = [tool.function.name for tool in converted(tools, list[Tool], "tools")]
     if len(set(names)) < len(names):
         raise APIError(400, "The names of tools must differ.", "invalid_value", "tools")
+    return names
+
+
+def tool_use(tools: list[dict[str, Any]], choice: str | Tool | None, parallel: bool | None) -> ToolUse:
+    """Return what a request's tools and its choice of them ask for. Raises APIError 400."""
+    names = tool_names(tools)
     named = choice.function.name if isinstance(choice, Tool) else None
     forced = [tool for tool, name in zip(tools, names) if choice == "required" or name == named]
     if choice not in (None, "auto", "none") and not forced:
         raise APIError(400, "tool_choice needs tools, and the tool that it names among them.", "invalid_value", "tool_choice")
-    max_calls = 1 if body.parallel_tool_calls is False or named else MAX_CALLS
+    max_calls = 1 if parallel is False or named else MAX_CALLS
     return ToolUse([] if choice == "none" else tools, forced, max_calls)
 
 
-def constraint(body: ChatRequest) -> tuple[str, dict[str, Any]] | None:
+def constraint(form: ResponseFormat | None, wanted: StructuredOutputs | None,
+               param: str = "response_format") -> tuple[str, dict[str, Any]] | None:
     """Return the field that says what the answer must look like, and its grammar. Raises APIError 400."""
-    wanted, given = body.structured_outputs, []
+    given = []
     if wanted is not None:
         kinds = [(name, getattr(wanted, name)) for name in wanted.__struct_fields__]
         given = [(f"structured_outputs.{kind}", kind, value) for kind, value in kinds if value is not None]
-    if body.response_format and body.response_format.type != "text":
-        schema = body.response_format.json_schema
-        if schema is None and body.response_format.type == "json_schema":
-            raise APIError(400, "The type json_schema needs a json_schema.", "invalid_value", "response_format.json_schema")
-        as_object = body.response_format.type == "json_object"
-        given.append(("response_format", "json", {"type": "object"} if as_object else schema.schema))
+    if form and form.type != "text":
+        if form.json_schema is None and form.type == "json_schema":
+            raise APIError(400, "The type json_schema needs a json_schema.", "invalid_value", f"{param}.json_schema")
+        given.append((param, "json", {"type": "object"} if form.type == "json_object" else form.json_schema.schema))
     if wanted is not None and len(given) != 1:
         raise APIError(400, "structured_outputs must have exactly one of json, regex, choice and grammar, and excludes "
-                       "response_format.", "invalid_value", "structured_outputs")
+                       f"{param}.", "invalid_value", "structured_outputs")
     if not given:
         return None
     [(param, kind, value)] = given
@@ -3105,28 +3556,28 @@ def chat_grammar(model: Model, form: AnswerForm, prompt: Prompt, answer: tuple[s
     return answer_grammar(rules, part, param, tools, max_calls)
 
 
-def template_kwargs(body: ChatRequest, model: Model) -> dict[str, Any]:
+def template_kwargs(model: Model, effort: str | None, given: dict[str, Any] | None,
+                    param: str = "reasoning_effort") -> dict[str, Any]:
     """Return the arguments of the chat template: the server's defaults, then the request's. Raises APIError 400."""
     kwargs = {} if app.settings.reasoning == "auto" else {"enable_thinking": app.settings.reasoning == "on"}
     kwargs |= app.settings.chat_template_kwargs or {}
-    effort, template = body.reasoning_effort, str(model.tokenizer.chat_template)
+    template = str(model.tokenizer.chat_template)
     if effort is not None and "reasoning_effort" in template:
         kwargs["reasoning_effort"] = effort
     elif effort == "none" and ("enable_thinking" in template or answer_form(model).markers is None):
         kwargs["enable_thinking"] = False
     elif effort is not None:
-        raise APIError(400, f"reasoning_effort {effort!r} is not supported by this model.", "unsupported_parameter",
-                       "reasoning_effort")
-    return kwargs | (body.chat_template_kwargs or {})
+        raise APIError(400, f"{param} {effort!r} is not supported by this model.", "unsupported_parameter", param)
+    return kwargs | (given or {})
 
 
-async def chat_chunks(stream: TokenStream, found: AsyncIterator[Delta],
+async def chat_chunks(streams: list[TokenStream], found: AsyncIterator[Delta],
                       include_usage: bool) -> AsyncIterator[dict[str, Any]]:
     """Yield the chunks of a chat completion, at last the usage if wanted."""
-    model = stream.engine.model
+    model, sequences = streams[0].engine.model, streams[0].sequences
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion.chunk", "created": int(time.time()),
             "model": app.models.public_id(model.id)}
-    role, completion_tokens = {seq.index: {"role": "assistant"} for seq in stream.sequences}, 0
+    role, completion_tokens = {seq.index: {"role": "assistant"} for seq in sequences}, 0
 
     def chunk(index: int, content: dict[str, Any], finish_reason: str | None, logprobs: dict | None) -> dict[str, Any]:
         choice = {"index": index, "delta": content, "logprobs": logprobs, "finish_reason": finish_reason}
@@ -3136,18 +3587,18 @@ async def chat_chunks(stream: TokenStream, found: AsyncIterator[Delta],
         async for part in found:
             completion_tokens += part.num_tokens
             logprobs = None
-            if stream.sequences[part.index].sampling.logprobs is not None and part.tokens:
+            if sequences[part.index].sampling.logprobs is not None and part.tokens:
                 logprobs = {"content": [logprob_entry(model, token) for token in part.tokens], "refusal": None}
             # None is sent while text is held back: clients that wait for a call give up after a first chunk without one.
             if part.pieces or logprobs or part.index in role and part.finish_reason:
-                if len(role) == len(stream.sequences) > 1:  # the SDK's streaming helper wants to see the choices in order
+                if len(role) == len(sequences) > 1:  # the SDK's streaming helper wants to see the choices in order
                     for index in list(role):
                         yield chunk(index, {**role.pop(index), "content": ""}, None, None)
                 yield chunk(part.index, {**role.pop(part.index, {}), **message_delta(part.pieces)}, None, logprobs)
             if part.finish_reason:
                 yield chunk(part.index, {}, part.finish_reason, None)
     if include_usage:
-        yield {**head, "choices": [], "usage": usage(stream, completion_tokens)}
+        yield {**head, "choices": [], "usage": usage(streams, completion_tokens)}
 
 
 def message_delta(pieces: tuple[Piece, ...]) -> dict[str, Any]:
@@ -3166,9 +3617,9 @@ def message_delta(pieces: tuple[Piece, ...]) -> dict[str, Any]:
     return content | reasoning | ({"tool_calls": list(calls.values())} if calls else {})
 
 
-def usage(stream: TokenStream, completion_tokens: int) -> dict[str, Any]:
+def usage(streams: list[TokenStream], completion_tokens: int) -> dict[str, Any]:
     """Return the token counts of a request; `n` answers to one prompt read it once."""
-    prompts = [seq for seq in stream.sequences if seq.index % stream.n == 0]
+    prompts = [seq for stream in streams for seq in stream.sequences if seq.index % stream.n == 0]
     prompt_tokens = sum(seq.num_prompt_tokens for seq in prompts)
     return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
@@ -3373,7 +3824,7 @@ async def completion_chunks(stream: TokenStream, echoes: list[str | list[int]], 
                 choice = {"index": seq.index, "text": text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
                 yield {**head, "choices": [choice]}
     if include_usage:
-        yield {**head, "choices": [], "usage": usage(stream, completion_tokens)}
+        yield {**head, "choices": [], "usage": usage([stream], completion_tokens)}
 
 
 async def fold_completion(chunks: AsyncIterator[dict[str, Any]]) -> dict[str, Any]:
@@ -3441,6 +3892,715 @@ async def tokenizer_info() -> Response:
     tokenizer = (await app.models.get(request.args.get("model"))).model.tokenizer
     names = ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template")
     return json_response({"tokenizer_class": type(tokenizer).__name__, **{name: getattr(tokenizer, name) for name in names}})
+
+
+# ── Responses ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# POST /v1/responses, and what is kept of them: items become messages, deltas become events, the answer is the last event's.
+
+RESPONSE_REFUSED = REFUSED | {
+    "n": (1,), "max_tokens": (), "max_completion_tokens": (), "prompt": (), "conversation": (), "moderation": (),
+    "context_management": ([],), "background_options": (), "access_programs": (), "image": (), "chat_template": (),
+}
+ResponseRefused = msgspec.defstruct("ResponseRefused", [(name, Any, None) for name in RESPONSE_REFUSED],
+                                    bases=(SamplingFields,), kw_only=True)
+
+
+class TextFormat(msgspec.Struct, omit_defaults=True):
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    schema: dict[str, Any] | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class TextOptions(msgspec.Struct):
+    format: TextFormat | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+
+
+class ReasoningOptions(msgspec.Struct):
+    effort: str | None = None
+    summary: Literal["auto"] | None = None  # there is none: the reasoning itself is shown
+    generate_summary: Literal["auto"] | None = None
+    context: Literal["auto"] | None = None
+    mode: Literal["standard"] | None = None
+
+
+class ResponseRequest(ResponseRefused, kw_only=True):
+    """https://platform.openai.com/docs/api-reference/responses/create, and what vLLM and transformers add to it."""
+
+    input: str | list[dict[str, Any]]
+    instructions: str | None = None
+    max_output_tokens: Annotated[int, Meta(ge=1)] | None = None
+    max_tool_calls: Annotated[int, Meta(ge=1)] | None = None
+    tools: Annotated[list[dict[str, Any]], Meta(max_length=128)] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextOptions | None = None
+    reasoning: ReasoningOptions | None = None
+    include: list[Literal["message.output_text.logprobs", "message.input_image.image_url"]] | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    previous_response_id: str | None = None
+    store: bool | None = None
+    background: bool | None = None
+    metadata: Annotated[dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]],
+                        Meta(max_length=16)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    user: str | None = None
+
+
+UNFINISHED = ("queued", "in_progress")
+STORED_RESPONSES, STORED_BYTES = 4096, 256 << 20
+SCHEMA = """
+    PRAGMA journal_mode = WAL;
+    PRAGMA synchronous = NORMAL;  -- a commit survives the process, if not the machine
+    CREATE TABLE IF NOT EXISTS responses
+        (id TEXT PRIMARY KEY, used REAL, size INTEGER, response TEXT, items TEXT, frames BLOB);
+"""
+EVICT = """
+    DELETE FROM responses WHERE id IN (SELECT id FROM (
+        SELECT id, count(*) OVER newest AS number, sum(size) OVER newest AS bytes FROM responses
+        WINDOW newest AS (ORDER BY used DESC, id ROWS UNBOUNDED PRECEDING)) WHERE number > ? OR bytes > ?)
+"""
+
+
+@dataclass(slots=True, eq=False)
+class LiveResponse:
+    """A response that is made or looked at: itself, its own input, and its events as they are sent."""
+
+    response: dict[str, Any]
+    items: list[dict[str, Any]] = field(default_factory=list)
+    frames: list[bytes] = field(default_factory=list)
+    ended: bool = False
+    error: APIError | None = None
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    changed: trio.Event = field(default_factory=trio.Event)
+
+    async def add(self, event: dict[str, Any]) -> bytes:
+        """Return an event as it is sent, and let followers have it; what has ended is kept first."""
+        body = encode({**event, "sequence_number": len(self.frames)})
+        frame = b"event: %s\ndata: %s\n\n" % (event["type"].encode(), body)
+        ended = self.response["status"] not in UNFINISHED
+        if ended and self.response["store"]:
+            await app.responses.save(self.response, self.items, [*self.frames, frame])
+        self.frames.append(frame)
+        self.ended = ended
+        self.changed.set()
+        self.changed = trio.Event()
+        return frame
+
+
+class ResponseStore:
+    """What was answered, in SQLite: in memory, or in a file that outlives the server. Least recently used out first."""
+
+    def __init__(self, path: str | None) -> None:
+        self.turn = trio.CapacityLimiter(1)
+        try:
+            self.database = sqlite3.connect(path or ":memory:", isolation_level=None, check_same_thread=False)
+            self.database.executescript(SCHEMA)
+        except sqlite3.Error as error:
+            raise APIError(500, f"--response-store: {path}: {error}") from error
+
+    async def run(self, sql: str, *values: Any) -> list[tuple]:
+        """Run one statement, off the event loop."""
+        return await trio.to_thread.run_sync(lambda: self.database.execute(sql, values).fetchall(), limiter=self.turn)
+
+    async def save(self, response: dict[str, Any], items: list[dict[str, Any]], frames: list[bytes]) -> None:
+        """Keep a response, and no more of the others than there is room for."""
+        texts = encode(response).decode(), encode(items).decode()
+        packed = await trio.to_thread.run_sync(zlib.compress, b"".join(frames), 1)
+        try:
+            await self.run("INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?, ?, ?)", response["id"], time.time(),
+                           sum(map(len, texts)) + len(packed), *texts, packed)
+            await self.run(EVICT, STORED_RESPONSES, STORED_BYTES)
+        except sqlite3.Error as error:  # a full disk is no reason to withhold an answer
+            log.error("a response was not stored: %s", error)
+
+    async def load(self, id: str, param: str = "response_id") -> LiveResponse:
+        """Return a response that is being made or was kept. Raises APIError 404."""
+        if id in app.live:
+            return app.live[id]
+        rows = await self.run("UPDATE responses SET used = ? WHERE id = ? RETURNING response, items", time.time(), id)
+        if not rows:
+            raise APIError(404, f"There is no response {id!r}, or not any more.", "response_not_found", param)
+        response, items = map(msgspec.json.decode, rows[0])
+        if response["status"] in UNFINISHED:  # nobody is at it: the server was killed
+            response |= {"status": "failed", "error": {"code": "server_error", "message": "The server ended first."}}
+        return LiveResponse(response, items, ended=True)
+
+    async def conversation(self, id: str | None, param: str) -> list[dict[str, Any]]:
+        """Return the items of a response and of all that it continues, oldest first. Raises APIError 400, 404."""
+        turns: list[list[dict[str, Any]]] = []
+        while id is not None:
+            kept = await self.load(id, param)
+            if not kept.ended:
+                raise APIError(400, f"The response {id!r} is still being made.", "invalid_value", param)
+            turns.append(kept.items + kept.response["output"])
+            id = kept.response["previous_response_id"]
+        return list(itertools.chain.from_iterable(reversed(turns)))
+
+    async def item(self, id: str) -> dict[str, Any]:
+        """Return an item of a response that was kept. Raises APIError 404."""
+        owner = re.fullmatch(r"[a-z]+_([0-9a-f]{32})_i?\d+", id)
+        kept = await self.load(f"resp_{owner[1]}", "input") if owner else None
+        for item in [*kept.items, *kept.response["output"]] if kept else ():
+            if item["id"] == id:
+                return item
+        raise APIError(404, f"There is no item {id!r}.", "item_not_found", "input")
+
+
+@app.post("/v1/responses")
+async def create_response() -> Response:
+    """Answer a conversation, of whose beginning the id of an earlier response may be all that is sent."""
+    body = await read_body(ResponseRequest)
+    refuse(body, RESPONSE_REFUSED)
+    body.text, body.reasoning = body.text or TextOptions(), body.reasoning or ReasoningOptions()
+    body.max_tokens = body.max_output_tokens
+    logprobs = "message.output_text.logprobs" in (body.include or ())
+    if body.top_logprobs and not logprobs:
+        raise APIError(400, "top_logprobs needs message.output_text.logprobs in include.", "invalid_value", "top_logprobs")
+    if body.background and body.store is False:
+        raise APIError(400, "background needs store: it is read from there.", "invalid_value", "background")
+    engine = await app.models.get(body.model)
+    sampling = sampling_params(body, engine.model, (body.top_logprobs or 0) if logprobs else None)
+    live = LiveResponse(new_response(body, engine.model, sampling))
+    past = await app.responses.conversation(body.previous_response_id, "previous_response_id")
+    live.items = await read_input(body.input, live.response["id"])
+    messages = read_items(past, live.items, body.instructions)
+    asked = [converted(tool, McpTools, f"tools[{i}]") for i, tool in enumerate(body.tools or ()) if tool.get("type") == "mcp"]
+    tools, lists = await mcp_tools(asked, [tool.get("name") for tool in body.tools or ()])
+    known = [item.get("server_label") for item in past + live.items if item["type"] == "mcp_list_tools"]
+    lists = [listed for listed in lists if listed["server_label"] not in known]
+    approved = approved_calls(past + live.items, tools)
+    streams, found = await take_turns(functools.partial(response_turn, engine, body), messages, sampling,
+                                      response_tools(body, tools), tools, body.max_tool_calls or MAX_SERVER_CALLS, approved)
+    events = told(live, response_events(live.response, streams, found, tools, lists, approved))
+    if body.background:
+        await app.responses.save(live.response, live.items, [])
+        app.live[live.response["id"]] = live
+        app.models.nursery.start_soon(run_in_background, live, events)
+        return event_stream(followed(live, 0), end=b"") if body.stream else json_response(live.response)
+    if body.stream:
+        return event_stream(events, end=b"")
+    async with aclosing(events):
+        async for _ in events:
+            pass
+    if live.error:
+        raise live.error
+    return json_response(live.response)
+
+
+async def response_turn(engine: Engine | AdaptedEngine, body: ResponseRequest, messages: list[dict[str, Any]],
+                        sampling: SamplingParams, use: ToolUse) -> Turn:
+    """Put a response's conversation to the model. Raises APIError 400, 429."""
+    kwargs = template_kwargs(engine.model, body.reasoning.effort, body.chat_template_kwargs, "reasoning.effort")
+    form = body.text.format or TextFormat("text")
+    if form.type == "json_schema" and (form.name is None or form.schema is None):
+        raise APIError(400, "The type json_schema needs a name and a schema.", "invalid_value", "text.format")
+    answer = constraint(ResponseFormat(form.type, JSONSchema(form.schema)), None, "text.format")
+    with own_params():
+        render = functools.partial(render_chat, engine.model, continue_final=False, kwargs=kwargs, tools=use.offered)
+        if body.truncation == "auto":
+            render = functools.partial(render_fitting, render, engine.max_len, body.instructions is not None)
+        return await converse(engine, functools.partial(render, messages), sampling, use, answer)
+
+
+@contextmanager
+def own_params() -> Iterator[None]:
+    """Name the fields of errors as this API has them: its functions are tools, and its messages are items."""
+    try:
+        yield
+    except APIError as error:
+        param = str(error.param).replace(".function", "")
+        error.param = error.param and ("input" if param.startswith("messages") else param)
+        raise
+
+
+def new_response(body: ResponseRequest, model: Model, sampling: SamplingParams) -> dict[str, Any]:
+    """Return the response to a request as it is at first."""
+    echoed = ("instructions", "previous_response_id", "user", "safety_identifier", "prompt_cache_key", "max_tool_calls",
+              "max_output_tokens")
+    return {
+        "id": f"resp_{uuid.uuid4().hex}", "object": "response", "created_at": int(time.time()), "completed_at": None,
+        "status": "queued" if body.background else "in_progress", "background": bool(body.background), "error": None,
+        "incomplete_details": None, "model": app.models.public_id(model.id), "output": [], "usage": None,
+        "store": body.store is not False, "metadata": body.metadata or {}, "service_tier": "default",
+        "tools": [{name: tool[name] for name in tool if name not in SECRETS} for tool in body.tools or ()],
+        "tool_choice": body.tool_choice or "auto",
+        "parallel_tool_calls": body.parallel_tool_calls is not False, "truncation": body.truncation or "disabled",
+        "text": {"format": msgspec.to_builtins(body.text.format or TextFormat("text")),
+                 "verbosity": body.text.verbosity or "medium"},
+        "reasoning": {"effort": body.reasoning.effort, "summary": body.reasoning.summary},
+        "top_logprobs": body.top_logprobs or 0,
+        **{name: getattr(sampling, name) for name in ("temperature", "top_p", "presence_penalty", "frequency_penalty")},
+        **{name: getattr(body, name) for name in echoed},
+    }
+
+
+def approved_calls(items: list[dict[str, Any]], tools: dict[str, ServerTool]) -> list[dict[str, Any]]:
+    """Return the calls that were approved of and not yet run, as a chat's. Raises APIError 400."""
+    requests = {item["id"]: item for item in items if item["type"] == "mcp_approval_request"}
+    run = [item.get("approval_request_id") for item in items if item["type"] == "mcp_call"]
+    approved = [item["approval_request_id"] for item in items if item["type"] == "mcp_approval_response" and item["approve"]]
+    calls = []
+    for call in (requests[id] for id in dict.fromkeys(approved) if id not in run):
+        name = next(iter(meant(call, tools)), None)
+        if name is None:
+            raise APIError(400, f"The tool {call['name']!r} that was approved of is not among tools.", "invalid_value", "tools")
+        calls.append({**chat_call(call["id"], name, call["arguments"]), "approval_request_id": call["id"]})
+    return calls
+
+
+def meant(choice: dict[str, Any], tools: dict[str, ServerTool]) -> list[str]:
+    """Return the names of the tools that a choice means: a function, a tool of an MCP server, or all of one."""
+    if "server_label" not in choice:
+        return [choice.get("name")]
+    return [name for name, tool in tools.items() if tool.server.label == choice["server_label"]
+            and choice.get("name") in (None, tool.listed.name)]
+
+
+def item_id(kind: str, response_id: str, place: str | int) -> str:
+    """Return the id of a response's item, which tells whose it is."""
+    prefixes = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco", "mcp_call": "mcp",
+                "mcp_list_tools": "mcpl", "mcp_approval_request": "mcpr", "mcp_approval_response": "mcpa"}
+    prefix = prefixes.get(kind, kind)
+    return f"{prefix}_{response_id.partition('_')[2]}_{place}"
+
+
+async def read_input(given: str | list[dict[str, Any]], response_id: str) -> list[dict[str, Any]]:
+    """Return a request's input as whole items: with a type, an id, and content in parts. Raises APIError 400, 404."""
+    items: list[dict[str, Any]] = []
+    bare = False  # parts of no message, as transformers' examples have them, are the user's
+    for item in [{"role": "user", "content": given}] if isinstance(given, str) else given:
+        was_bare, bare = bare, "role" not in item and str(item.get("type")).endswith(("_text", "_image", "_audio", "_url"))
+        if bare and was_bare:
+            items[-1]["content"].append(item)
+            continue
+        item = {"role": "user", "content": [item]} if bare else dict(item)
+        if item.get("type", "item_reference") == "item_reference" and "role" not in item:
+            item = await app.responses.item(str(item.get("id")))
+        kind, text = item.setdefault("type", "message"), item.get("content")
+        if kind == "message" and isinstance(text, str):
+            own = {"type": "output_text", "annotations": []} if item.get("role") == "assistant" else {"type": "input_text"}
+            item["content"] = [{**own, "text": text}]
+        own_id = item["id"] if isinstance(item.get("id"), str) else item_id(str(kind), response_id, f"i{len(items)}")
+        items.append({"status": "completed", **item, "id": own_id})
+    if not items:
+        raise APIError(400, "input must not be empty.", "invalid_value", "input")
+    return items
+
+
+def read_items(past: list[dict[str, Any]], items: list[dict[str, Any]], instructions: str | None) -> list[dict[str, Any]]:
+    """Return a conversation's items, past and new, as the messages of a chat. Raises APIError 400."""
+    messages = [] if instructions is None else [{"role": "system", "content": instructions}]
+    calls, requests = set(), {}
+    for i, item in enumerate(past + items, -len(past)):
+        where = f"input[{i}]"
+        match item:
+            case {"type": "message", "role": "assistant", "content": list(parts)}:
+                say(messages, "content", chat_parts(parts, where))
+            case {"type": "message", "role": "user" | "system" | "developer" as role, "content": list(parts)}:
+                messages.append({"role": role, "content": chat_parts(parts, where)})
+            case {"type": "reasoning", "encrypted_content": str()}:
+                raise APIError(400, "encrypted_content is not supported here.", "unsupported_parameter", where)
+            case {"type": "reasoning"}:
+                thoughts = chat_parts(item.get("content") or item.get("summary") or [], where)
+                say(messages, "reasoning_content", "".join(str(part.get("text", "")) for part in thoughts))
+            case {"type": "function_call", "call_id": str(id), "name": str(name), "arguments": str(arguments)}:
+                calls.add(id)
+                say(messages, "tool_calls", [{"id": id.removeprefix("call_"), "type": "function",
+                                              "function": {"name": name, "arguments": arguments}}])
+            case {"type": "function_call_output", "call_id": str(id), "output": str() | list() as output} if id in calls:
+                output = output if isinstance(output, str) else chat_parts(output, where)
+                messages.append({"role": "tool", "tool_call_id": id.removeprefix("call_"), "content": output})
+            case {"type": "mcp_list_tools"}:
+                pass
+            case {"type": "mcp_approval_request", "id": str(id), "name": str(), "arguments": str(), "server_label": str()}:
+                requests[id] = item
+            case {"type": "mcp_approval_response", "approval_request_id": str(id), "approve": bool(approve)} if id in requests:
+                if not approve:
+                    past_call(messages, requests[id], item.get("reason") or "The user did not approve of this call.")
+            case {"type": "mcp_call", "id": str(), "name": str(), "arguments": str()}:
+                if (text := call_text(item)) is not None:
+                    past_call(messages, item, text)
+            case {"type": "function_call_output", "call_id": str(id)} if id not in calls:
+                raise APIError(400, f"No function call has the call_id {id!r}.", "invalid_value", where)
+            case _:
+                raise APIError(400, f"An item of type {item['type']!r} cannot be read here, or not with these fields.",
+                               "invalid_value", where)
+    return messages
+
+
+def say(messages: list[dict[str, Any]], field: str, value: Any) -> None:
+    """Add to the assistant's turn, or begin one: reasoning does, and text after text."""
+    if not messages or messages[-1]["role"] != "assistant" or field == "reasoning_content" or (
+            field == "content" and "content" in messages[-1]):
+        messages.append({"role": "assistant"})
+    messages[-1][field] = messages[-1].get(field, []) + value if field == "tool_calls" else value
+
+
+def chat_call(id: str, name: str, arguments: str) -> dict[str, Any]:
+    """Return a call that was run here as a chat's; of an id that Mistral's templates take, nine letters and digits."""
+    return {"id": f"{zlib.crc32(id.encode()):09x}", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def past_call(messages: list[dict[str, Any]], call: dict[str, Any], text: str) -> None:
+    """Add an MCP call, and what came of it."""
+    say(messages, "tool_calls", [said := chat_call(call["id"], call["name"], call["arguments"])])
+    messages.append({"role": "tool", "tool_call_id": said["id"], "content": text})
+
+
+def call_text(item: dict[str, Any]) -> str | None:
+    """Return what came of an MCP call; None if it was not run."""
+    match item:
+        case {"output": str(text)} | {"error": {"content": [{"text": str(text)}]}}:
+            return text
+    return item.get("error") and encode(item["error"]).decode()
+
+
+def chat_parts(parts: list[Any], where: str) -> list[dict[str, Any]]:
+    """Return the parts of an item's content as chat completions spell them. Raises APIError 400."""
+    if not all(isinstance(part, dict) for part in parts) or any(part.get("file_id") is not None for part in parts):
+        raise APIError(400, "The parts of content are objects, none with a file_id: there are no files here.", "invalid_value",
+                       where)
+    return [{"type": "image_url", "image_url": {"url": part.get("image_url"), "detail": part.get("detail") or "auto"}}
+            if part.get("type") == "input_image" else part for part in parts]
+
+
+def response_tools(body: ResponseRequest, own: dict[str, ServerTool]) -> ToolUse:
+    """Return what a request's tools and its choice of them ask for. Raises APIError 400."""
+    tools = [{"type": tool.get("type"), "function": {name: value for name, value in tool.items() if name != "type"}}
+             for tool in body.tools or () if tool.get("type") != "mcp"] + [tool.definition for tool in own.values()]
+    match body.tool_choice:
+        case None | "none" | "auto" | "required" as choice:
+            pass
+        case {"type": "function", "name": str(name)}:
+            choice = Tool("function", Function(name))
+        case {"type": "mcp", "server_label": str()} as chosen:
+            names = meant(chosen, own)
+            forced = [own[name].definition for name in names]
+            if not forced:
+                raise APIError(400, f"tool_choice {chosen!r} is of none of the tools.", "invalid_value", "tool_choice")
+            use = tool_use(tools, "auto", body.parallel_tool_calls)
+            return replace(use, forced=forced, max_calls=1 if chosen.get("name") else use.max_calls)
+        case {"type": "allowed_tools", "mode": "auto" | "required" as choice, "tools": list(allowed)}:
+            names = [name for tool in allowed if isinstance(tool, dict) and tool.get("type") in ("function", "mcp")
+                     for name in meant(tool, own)]
+            tools = [tool for tool in tools if tool["function"].get("name") in names]
+        case other:
+            raise APIError(400, f"tool_choice {other!r} is not supported here.", "invalid_value", "tool_choice")
+    with own_params():
+        return tool_use(tools, choice, body.parallel_tool_calls)
+
+
+def render_fitting(render: Callable[[list], Prompt], max_len: int, kept: int, messages: list[dict[str, Any]]) -> Prompt:
+    """Render messages without as many of the oldest, but for the first `kept`, as it takes to fit."""
+    starts = [i for i in range(kept, len(messages)) if messages[i]["role"] != "tool"]
+
+    def fits(start: int) -> bool:
+        try:
+            return len(render(messages[:kept] + messages[start:]).token_ids) < max_len
+        except APIError as error:
+            if error.code != "context_length_exceeded":
+                raise
+            return False
+
+    first = starts[min(bisect.bisect_left(starts, True, key=fits), len(starts) - 1)]
+    return render(messages[:kept] + messages[first:])
+
+
+async def response_events(response: dict[str, Any], streams: list[TokenStream], found: AsyncIterator[Delta | CallResult],
+                          tools: dict[str, ServerTool], lists: list[dict[str, Any]],
+                          approved: list[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
+    """Yield the events of a response; they show it, and its items, as they are at the time, and are to be encoded then."""
+    yield {"type": "response.created", "response": response}
+    if response["status"] == "queued":
+        yield {"type": "response.queued", "response": response}
+        response["status"] = "in_progress"
+    yield {"type": "response.in_progress", "response": response}
+    for listed in lists:
+        for event in list_events(response, listed):
+            yield event
+    async with aclosing(answer_events(response, streams, found, tools, approved)) as events:
+        async for event in events:
+            yield event
+    cut = response["incomplete_details"] is not None
+    response |= {"status": "incomplete"} if cut else {"status": "completed", "completed_at": int(time.time())}
+    yield {"type": f"response.{response['status']}", "response": response}
+
+
+def list_events(response: dict[str, Any], listed: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    """Add the list of a server's tools to the response, and yield the events."""
+    index = len(response["output"])
+    item = {"id": item_id("mcp_list_tools", response["id"], index), **listed, "tools": [], "error": None}
+    response["output"].append(item)
+    yield from opening(item, index)
+    item |= listed
+    yield {"type": "response.mcp_list_tools." + ("failed" if item["error"] else "completed"), **place(item, index)}
+    yield {"type": "response.output_item.done", "output_index": index, "item": item}
+
+
+async def answer_events(response: dict[str, Any], streams: list[TokenStream], found: AsyncIterator[Delta | CallResult],
+                        tools: dict[str, ServerTool], approved: list[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
+    """Yield the events of an answer, turn by turn, and add its items and its tokens to the response."""
+    output, num_tokens = response["output"], 0
+    item: dict[str, Any] | None = None  # the one that is being written
+    unsaid: list[Token] = []  # those whose text is held back
+    calls: deque[dict[str, Any]] = deque()  # the items of those that may be run
+
+    def begin(kind: str, name: str) -> Iterable[dict[str, Any]]:
+        nonlocal item
+        item = new_item(kind, item_id(kind, response["id"], len(output)), name, tools)
+        output.append(item)
+        calls.extend([item] if kind == "mcp_call" else ())
+        return opening(item, len(output) - 1)
+
+    def end(status: str = "completed") -> Iterable[dict[str, Any]]:
+        nonlocal item
+        ended, item = item, None
+        return closing(ended, len(output) - 1, status) if ended else ()
+
+    for call in approved:
+        for event in begin("mcp_call", call["function"]["name"]):
+            yield event
+        item["approval_request_id"] = call["approval_request_id"]
+        yield addition(item, len(output) - 1, call["function"]["arguments"], [])
+        for event in end():
+            yield event
+    async with aclosing(found):
+        async for part in found:
+            if isinstance(part, CallResult):
+                for event in itertools.chain(end(), run_events(call := calls.popleft(), output.index(call), part)):
+                    yield event
+                continue
+            num_tokens += part.num_tokens
+            [seq], model = streams[-1].sequences, streams[-1].engine.model
+            unsaid += part.tokens if seq.sampling.logprobs is not None else ()
+            pieces = part.pieces
+            if part.finish_reason and not pieces and (item is None or unsaid and item["type"] == "message"):
+                pieces = (Piece("content", ""),)
+            for piece in pieces:
+                kind = item["type"] if piece.kind == "arguments" else item_kind(piece, tools)
+                if item is None or item["type"] != kind or piece.kind == "call":
+                    for event in itertools.chain(end(), begin(kind, piece.text)):
+                        yield event
+                if piece.kind != "call":
+                    logprobs = [logprob_entry(model, token) for token in unsaid] if kind == "message" else []
+                    if event := addition(item, len(output) - 1, piece.text, logprobs):
+                        yield event
+                unsaid = []
+            if part.finish_reason == "length":
+                response["incomplete_details"] = {"reason": "max_output_tokens"}
+    for event in end("incomplete" if response["incomplete_details"] else "completed"):
+        yield event
+    for call in calls:  # there were too many, or others for the client to answer
+        call["status"] = "incomplete"
+        yield {"type": "response.output_item.done", "output_index": output.index(call), "item": call}
+    response["usage"] = await response_usage(streams, num_tokens, output)
+
+
+def item_kind(piece: Piece, tools: dict[str, ServerTool]) -> str:
+    """Return the type of the item that a piece begins."""
+    if piece.kind != "call":
+        return {"content": "message", "reasoning": "reasoning"}[piece.kind]
+    if piece.text not in tools:
+        return "function_call"
+    return "mcp_approval_request" if tools[piece.text].needs_approval else "mcp_call"
+
+
+def new_item(kind: str, id: str, name: str, tools: dict[str, ServerTool]) -> dict[str, Any]:
+    """Return an item with nothing in it yet; a call's has its name."""
+    match kind:
+        case "message":
+            own = {"status": "in_progress", "role": "assistant", "content": []}
+        case "reasoning":
+            own = {"status": "in_progress", "summary": [], "content": []}
+        case "function_call":
+            own = {"status": "in_progress", "call_id": f"call_{uuid.uuid4().hex[:9]}", "name": name, "arguments": ""}
+        case _:
+            own = {"server_label": tools[name].server.label, "name": tools[name].listed.name, "arguments": ""}
+            if kind == "mcp_call":
+                own |= {"status": "in_progress", "output": None, "error": None, "approval_request_id": None}
+    return {"id": id, "type": kind, **own}
+
+
+def place(item: dict[str, Any], index: int) -> dict[str, Any]:
+    """Return where an event of an item belongs."""
+    return {"item_id": item["id"], "output_index": index} | ({"content_index": 0} if "content" in item else {})
+
+
+def opening(item: dict[str, Any], index: int) -> Iterable[dict[str, Any]]:
+    """Yield the events that begin an item."""
+    yield {"type": "response.output_item.added", "output_index": index, "item": item}
+    if item["type"] in ("mcp_call", "mcp_list_tools"):
+        yield {"type": f"response.{item['type']}.in_progress", **place(item, index)}
+    elif "content" in item:
+        own = {"annotations": [], "logprobs": []} if item["type"] == "message" else {}
+        item["content"].append({"type": "output_text" if own else "reasoning_text", "text": "", **own})
+        yield {"type": "response.content_part.added", **place(item, index), "part": item["content"][0]}
+
+
+def addition(item: dict[str, Any], index: int, text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Add text to an item, and return the event, if there is one for it."""
+    if "arguments" in item:
+        item["arguments"] += text
+        event = {"type": f"response.{item['type']}_arguments.delta", **place(item, index), "delta": text}
+        return event if item["type"] != "mcp_approval_request" else None
+    [part] = item["content"]
+    part["text"] += text
+    part.get("logprobs", []).extend(logprobs)
+    own = {"logprobs": logprobs} if "logprobs" in part else {}
+    return {"type": f"response.{part['type']}.delta", **place(item, index), "delta": text, **own}
+
+
+def closing(item: dict[str, Any], index: int, status: str) -> Iterable[dict[str, Any]]:
+    """Yield the events that end an item; a call that may be run here is not done before that."""
+    for part in item.get("content", ()):
+        own = {name: part[name] for name in ("text", "logprobs") if name in part}
+        yield {"type": f"response.{part['type']}.done", **place(item, index), **own}
+        yield {"type": "response.content_part.done", **place(item, index), "part": part}
+    if item["type"] in ("function_call", "mcp_call"):
+        yield {"type": f"response.{item['type']}_arguments.done", **place(item, index), "arguments": item["arguments"]}
+    if item["type"] != "mcp_call":
+        item |= {"status": status} if "status" in item else {}
+        yield {"type": "response.output_item.done", "output_index": index, "item": item}
+
+
+def run_events(item: dict[str, Any], index: int, result: CallResult) -> Iterable[dict[str, Any]]:
+    """Yield the events that end a call which was run here, with what came of it."""
+    error = {"type": "mcp_tool_execution_error", "content": [{"type": "text", "text": result.text}]}
+    item |= {"status": "failed", "error": error} if result.is_error else {"status": "completed", "output": result.text}
+    yield {"type": f"response.mcp_call.{item['status']}", **place(item, index)}
+    yield {"type": "response.output_item.done", "output_index": index, "item": item}
+
+
+async def response_usage(streams: list[TokenStream], output_tokens: int, output: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the token counts of a response's turns; those of its reasoning are of the text that it has."""
+    model, prompts = streams[0].engine.model, usage(streams, output_tokens)
+    thoughts = "".join(item["content"][0]["text"] for item in output if item["type"] == "reasoning")
+    reasoning = await trio.to_thread.run_sync(tokenize, model, thoughts, False, limiter=app.rendering) if thoughts else []
+    return {"input_tokens": prompts["prompt_tokens"], "output_tokens": output_tokens, "total_tokens": prompts["total_tokens"],
+            "input_tokens_details": {**prompts["prompt_tokens_details"], "cache_write_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": min(len(reasoning), output_tokens)}}
+
+
+async def told(live: LiveResponse, events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+    """Yield the events of a response as they are sent; an error becomes the last of them."""
+    async with aclosing(events):
+        try:
+            async for event in events:
+                yield await live.add(event)
+        except Exception as error:
+            yield await fail(live, "failed", for_client(error, "a response"))
+
+
+async def fail(live: LiveResponse, status: str, error: APIError | None) -> bytes:
+    """End a response that did not end by itself; return the event."""
+    live.error, live.response["status"] = error, status
+    if error:
+        code = {429: "rate_limit_exceeded", 400: "invalid_prompt"}.get(error.status, "server_error")
+        live.response["error"] = {"code": code, "message": error_body(error)["error"]["message"]}
+    for item in live.response["output"]:
+        if item.get("status") == "in_progress":
+            item["status"] = "incomplete"
+    return await live.add({"type": "response.failed", "response": live.response})
+
+
+async def run_in_background(live: LiveResponse, frames: AsyncIterator[bytes]) -> None:
+    """Make a response, whoever follows; if it is cancelled, or the server ends, then so it says."""
+    app.active += 1
+    try:
+        with live.scope:
+            async with aclosing(frames):
+                async for _ in frames:
+                    pass
+    finally:
+        if not live.ended:
+            stopped = None if live.scope.cancel_called else APIError(503, "The server was shut down.", "shutting_down")
+            with trio.CancelScope(shield=True):
+                await fail(live, "failed" if stopped else "cancelled", stopped)
+        del app.live[live.response["id"]]
+        app.active -= 1
+
+
+async def followed(live: LiveResponse, start: int) -> AsyncIterator[bytes]:
+    """Yield the events of a response from a number on, as they come."""
+    while start < len(live.frames) or not live.ended:
+        if start < len(live.frames):
+            yield live.frames[start]
+            start += 1
+        else:
+            await live.changed.wait()
+
+
+class ResponseQuery(msgspec.Struct):
+    stream: bool = False
+    starting_after: Annotated[int, Meta(ge=0)] = -1
+    after: str | None = None
+    limit: Annotated[int, Meta(ge=1, le=100)] = 20
+    order: Literal["asc", "desc"] = "desc"
+
+
+def read_query() -> ResponseQuery:
+    """Return the URL's query. Raises APIError 400."""
+    try:
+        return msgspec.convert(request.args.to_dict(), ResponseQuery, strict=False)
+    except msgspec.ValidationError as error:
+        raise APIError(400, str(error), "invalid_value", str(error).rpartition("$.")[2].rstrip("`")) from None
+
+
+@app.get("/v1/responses/<id>")
+async def retrieve_response(id: str) -> Response:
+    """Answer with a response as it is, or with its events after a number."""
+    live = await app.responses.load(id)
+    query = read_query()
+    if not query.stream:
+        return json_response(live.response)
+    for [packed] in await app.responses.run("SELECT frames FROM responses WHERE id = ?", id) if live.ended else ():
+        live.frames = [frame + b"\n\n" for frame in zlib.decompress(packed).split(b"\n\n")[:-1]]
+    return event_stream(followed(live, query.starting_after + 1), end=b"")
+
+
+@app.delete("/v1/responses/<id>")
+async def delete_response(id: str) -> Response:
+    """Forget a response, ending it if it is being made."""
+    await stop_response(await app.responses.load(id))
+    await app.responses.run("DELETE FROM responses WHERE id = ?", id)
+    return json_response({"id": id, "object": "response", "deleted": True})
+
+
+@app.post("/v1/responses/<id>/cancel")
+async def cancel_response(id: str) -> Response:
+    """End a background response; one that has ended stays as it is."""
+    live = await app.responses.load(id)
+    if not live.response["background"]:
+        raise APIError(400, "Only background responses can be cancelled.", "invalid_value", "response_id")
+    await stop_response(live)
+    return json_response(live.response)
+
+
+async def stop_response(live: LiveResponse) -> None:
+    live.scope.cancel()
+    while not live.ended:
+        await live.changed.wait()
+
+
+@app.get("/v1/responses/<id>/input_items")
+async def list_input_items(id: str) -> Response:
+    """List the items that a response answers, those of the responses it continues among them; the newest first."""
+    live, query = await app.responses.load(id), read_query()
+    items = await app.responses.conversation(live.response["previous_response_id"], "response_id") + live.items
+    items = items if query.order == "asc" else items[::-1]
+    ids = [item["id"] for item in items]
+    if query.after is not None and query.after not in ids:
+        raise APIError(404, f"There is no item {query.after!r}.", "item_not_found", "after")
+    start = 0 if query.after is None else ids.index(query.after) + 1
+    page = items[start:start + query.limit]
+    return json_response({"object": "list", "data": page, "first_id": page[0]["id"] if page else None,
+                          "last_id": page[-1]["id"] if page else None, "has_more": start + len(page) < len(items)})
 
 
 # ── Models and health ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -3523,10 +4683,14 @@ async def serve(config: Config, listener: socket.socket, stop: trio.Event) -> in
     http.bind = [f"fd://{listener.fileno()}"]
     http.errorlog = None
     http.graceful_timeout = 1.0
-    app.settings, app.draining = config, False
+    app.settings, app.draining, app.live = config, False, {}
     code = 0
     async with trio.open_nursery() as nursery:
         app.models = ModelPool(config, nursery)
+        app.tool_servers = {label: ToolServer(label, settings) for label, settings in (config.mcp_config or {}).items()}
+        app.remote_servers = {}
+        for server in app.tool_servers.values():
+            nursery.start_soon(server.run)
         await nursery.start(functools.partial(hypercorn.trio.serve, app, http, shutdown_trigger=stop.wait))
         host, port = listener.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -3535,6 +4699,7 @@ async def serve(config: Config, listener: socket.socket, stop: trio.Event) -> in
         try:
             with trio.CancelScope() as starting:
                 nursery.start_soon(cancel_after, stop.wait, starting)
+                app.responses = ResponseStore(config.response_store)
                 await app.models.start()
                 log.info("ready: %s/v1 serves %s", url, ", ".join(map(app.models.public_id, app.models.named)))
         except APIError as error:
@@ -3575,9 +4740,21 @@ async def drain_on_signal(grace_period: float, stop: trio.Event) -> None:
             if app.active:
                 log.warning("%d requests were cut off", app.active)
             stop.set()
-            last_resort = threading.Timer(3, os._exit, (0,))  # hypercorn's send to a client that does not read
+            last_resort = threading.Timer(3, end, (0,))  # hypercorn's send to a client that does not read
             last_resort.daemon = True
             last_resort.start()
+
+
+def end(code: int) -> None:
+    """End the process at once, and those that it has started: a download, a compiler, a server of tools."""
+    children = psutil.Process().children(recursive=True)
+    for child in children:
+        with suppress(psutil.NoSuchProcess):
+            child.terminate()
+    for child in psutil.wait_procs(children, 0.5)[1]:
+        child.kill()
+    logging.shutdown()
+    os._exit(code)  # a thread amid a load would be torn down with the interpreter, and abort the process
 
 
 def main(argv: list[str]) -> int:
@@ -3585,7 +4762,7 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(format="%(levelname).1s %(asctime)s %(message)s", datefmt="%H:%M:%S", level=config.log_level.upper())
     if config.log_level != "debug":
         transformers.utils.logging.set_verbosity_error()
-    for noisy in ("httpx", "httpx2", "hypercorn.error", "filelock", "urllib3"):
+    for noisy in ("httpx", "httpx2", "hypercorn.error", "filelock", "urllib3", "mcp"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, log.getEffectiveLevel()))
     try:
         listener = socket.create_server((config.host, config.port), backlog=1024,
@@ -3597,8 +4774,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    for child in psutil.Process().children():  # a download, a compiler: whoever ends us while we load does not want them
-        child.terminate()
-    logging.shutdown()
-    os._exit(code)  # a thread amid a load would be torn down with the interpreter, and abort the process
+    end(main(sys.argv[1:]))

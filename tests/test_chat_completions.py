@@ -437,12 +437,11 @@ def test_reasoning_comes_under_both_names(server: LocalServer, monkeypatch: pyte
 def test_reasoning_effort(server: LocalServer, monkeypatch: pytest.MonkeyPatch, effort: str, template: str,
                           expected: dict | None) -> None:
     monkeypatch.setattr(server.engine.model.tokenizer, "chat_template", template)
-    body = serve.ChatRequest(messages=[], reasoning_effort=effort)
     if expected is None:
         with pytest.raises(serve.APIError, match="reasoning_effort"):
-            serve.template_kwargs(body, server.engine.model)
+            serve.template_kwargs(server.engine.model, effort, None)
     else:
-        assert serve.template_kwargs(body, server.engine.model) == expected
+        assert serve.template_kwargs(server.engine.model, effort, None) == expected
 
 
 @pytest.mark.parametrize("written", [

@@ -11,7 +11,7 @@ SNIPPETS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), r
 
 
 def test_there_are_snippets() -> None:
-    assert [language for language, _ in SNIPPETS] == ["bash", "python", "python", "python", "bash"]
+    assert [language for language, _ in SNIPPETS] == ["bash", "python", "python", "python", "python", "bash"]
 
 
 @pytest.mark.parametrize("language, code", SNIPPETS)
