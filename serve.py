@@ -21,6 +21,7 @@ Each banner is the name of its test file.
 from __future__ import annotations
 
 import argparse
+import bisect
 import codecs
 import copy
 import ctypes
@@ -55,6 +56,7 @@ from array import array
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import aclosing
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -499,6 +501,10 @@ class Sequence:
     cache: Any = None  # the fallback runner's own Hugging Face cache
     adapter: str | None = None  # with which it is computed
     matcher: llguidance.LLMatcher | None = None  # where in its grammar the answer is: it has seen the generated tokens
+    queued_at: float = 0.0  # on the monotonic clock, as are
+    admitted_at: float = 0.0
+    first_token_at: float | None = None
+    last_token_at: float = 0.0
 
     @property
     def num_generated_tokens(self) -> int:
@@ -555,6 +561,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # oldest first
         self.budget = self.scored_budget = 0  # tokens that the step being scheduled has left, and those of scored prompts
         self.turns: dict[str | None, None] = {}  # the adapters met so far, least recently served first
+        self.num_preemptions = 0
 
     @property
     def idle(self) -> bool:
@@ -615,7 +622,7 @@ class Scheduler:
         if seq.scoring:
             self.open_scores(seq)
         if seq.num_cached_tokens is None:
-            seq.num_cached_tokens = seq.num_computed_tokens
+            seq.num_cached_tokens, seq.admitted_at = seq.num_computed_tokens, time.monotonic()
         seq.block_table += blocks
         self.waiting.popleft()
         self.running.append(seq)
@@ -662,9 +669,18 @@ class Scheduler:
 
     def preempt(self, seq: Sequence) -> None:
         """Take a running sequence's blocks; it waits first in line and will be computed again."""
+        self.num_preemptions += 1
         self.running.remove(seq)
         self.release(seq)
         self.waiting.appendleft(seq)
+
+    def spoil(self, seq: Sequence) -> None:
+        """Take back the blocks that a sequence's failed step was to fill: who shares them is computed again."""
+        first = max(seq.num_computed_tokens, seq.num_shared_tokens) // self.pool.block_size
+        for block in (spoilt := set(seq.block_table[first:])):
+            self.pool.unpublish(block)
+        for other in [other for other in self.running if other is not seq and spoilt.intersection(other.block_table)]:
+            self.preempt(other)
 
     def drop_ended(self) -> None:
         """Forget the sequences that are finished or abandoned, and free what they hold."""
@@ -1111,21 +1127,9 @@ class SequentialRunner:
         self.token_bytes = 0  # by which a sequence's cache grows with each token; found by the self-test
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return the logits [samples, vocab] as the other runner does; every sequence of a batch is computed to its end.
-
-        The code that runs here is the model's own, and may fail on one prompt: then that sequence has an error.
-        """
+        """Return the logits [samples, vocab] as the other runner does; every sequence of a batch is computed to its end."""
         self.model.activate(next(iter(batch)).adapter)
-        rows = []
-        for seq, count in batch.items():
-            scored = len(seq.scored(count))
-            try:
-                rows.append(self.last_logits(seq, scored))
-            except Exception as error:
-                log.error("%s: a sequence failed", self.model.id, exc_info=error)
-                seq.error = APIError(500, "The model failed on this prompt.", "model_failed")
-                rows.append(torch.zeros(1 + scored, self.model.vocab_size, dtype=self.model.network.dtype,
-                                        device=self.model.device))
+        rows = [self.last_logits(seq, len(seq.scored(count))) for seq, count in batch.items()]
         return torch.cat([logits[:1] for logits in rows] + [logits[1:] for logits in rows])
 
     def last_logits(self, seq: Sequence, scored: int = 0) -> Tensor:
@@ -1850,6 +1854,59 @@ class EngineThread:
         return await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
 
 
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0)
+
+
+@dataclass(slots=True)
+class Histogram:
+    """Durations, counted by the first of SECONDS that is no shorter."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(SECONDS) + 1))
+    sum: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        self.counts[bisect.bisect_left(SECONDS, seconds)] += 1
+        self.sum += seconds
+
+
+@dataclass(slots=True)
+class Metrics:
+    """What an engine has done since it was loaded; each answer counts as a request. The names are vLLM's."""
+
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_cache_queries: int = 0  # tokens of prompts that were looked up in the prefix cache
+    prefix_cache_hits: int = 0  # those of them that were found there
+    request_success: Counter[str] = field(default_factory=Counter)  # by finish reason
+    time_to_first_token_seconds: Histogram = field(default_factory=Histogram)
+    inter_token_latency_seconds: Histogram = field(default_factory=Histogram)
+    e2e_request_latency_seconds: Histogram = field(default_factory=Histogram)
+    request_queue_time_seconds: Histogram = field(default_factory=Histogram)
+
+    def count_token(self, seq: Sequence, now: float) -> None:
+        """Count a sequence's next token, with the first its prompt; a prompt that is only scored gets none."""
+        if seq.first_token_at is None:
+            seq.first_token_at = now
+            self.prompt_tokens += seq.num_prompt_tokens
+            self.prefix_cache_queries += seq.num_prompt_tokens
+            self.prefix_cache_hits += seq.num_cached_tokens or 0
+            self.time_to_first_token_seconds.add(now - seq.queued_at)
+            self.request_queue_time_seconds.add(seq.admitted_at - seq.queued_at)
+        else:
+            self.inter_token_latency_seconds.add(now - seq.last_token_at)
+        seq.last_token_at = now
+        self.generation_tokens += seq.sampling.max_tokens != 0
+
+    def count_end(self, seq: Sequence) -> None:
+        """Count a sequence's end, which is an abort if it has no finish reason."""
+        self.request_success[seq.finish_reason or "abort"] += 1
+        if seq.finish_reason:
+            self.e2e_request_latency_seconds.add(time.monotonic() - seq.queued_at)
+
+
+opened: ContextVar[list[TokenStream]] = ContextVar("opened")  # the streams of the request that is being answered, if any
+
+
 class TokenStream:
     """The answers to one request, as they are computed.
 
@@ -1867,11 +1924,14 @@ class TokenStream:
 
     async def __aenter__(self) -> TokenStream:
         self.engine.enter(self)
+        opened.get([]).append(self)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self.closed = True
         self.engine.wake()
+        for seq in self.sequences:
+            self.engine.metrics.count_end(seq)
 
     def __aiter__(self) -> TokenStream:
         return self
@@ -1905,7 +1965,7 @@ class Engine:
 
     def __init__(self, model: Model, runner: Runner, scheduler: Scheduler, thread: EngineThread, config: Config) -> None:
         self.model, self.runner, self.scheduler, self.thread = model, runner, scheduler, thread
-        self.grammars = Grammars(model)
+        self.grammars, self.metrics = Grammars(model), Metrics()
         self.max_queue = config.max_queue
         self.seeds = random.Random(config.default_seed)
         self.work = trio.Event()
@@ -1956,6 +2016,8 @@ class Engine:
             raise APIError(503, "The model was just unloaded: try again.", "model_unloaded")
         self.check_queue(stream)
         stream.unfinished = len(stream.sequences)
+        for seq in stream.sequences:
+            seq.queued_at = time.monotonic()
         self.scheduler.waiting += stream.sequences
         self.wake()
 
@@ -1981,11 +2043,42 @@ class Engine:
         """Move every running sequence on: drop who left, schedule, run, deliver."""
         self.scheduler.drop_ended()
         if batch := self.scheduler.schedule():
-            receivers = sampled(batch)
-            soon = trio.lowlevel.current_trio_token().run_sync_soon
+            await self.run_batch(batch)
+
+    async def run_batch(self, batch: Batch) -> None:
+        """Run a batch and deliver its tokens. If it fails, so do those sequences alone that fail by themselves.
+
+        Raises what a token of nothing raises after that: then there is no engine left, and the process ends.
+        """
+        receivers = sampled(batch)
+        soon = trio.lowlevel.current_trio_token().run_sync_soon
+        try:
             tokens, scores = await self.thread(functools.partial(self.compute, batch, receivers, soon))
+        except Exception as error:
+            log.error("%s: a step of %d sequences failed: %r", self.model.id, len(batch), error, exc_info=len(batch) == 1)
+            failure = step_error(error)
+        else:
             self.deliver_scores(scores)
             self.deliver(batch, receivers, tokens)
+            return
+        await self.retry(batch, failure)  # not amid the handling: the error's frames hold the tensors of the step
+
+    async def retry(self, batch: Batch, failure: APIError) -> None:
+        """Run the halves of a batch that failed, one after the other; a sequence alone has failed."""
+        for seq in batch:
+            seq.cache = None  # it may have gone ahead of the sequence
+        if len(batch) > 1:
+            middle = len(batch) // 2
+            for half in (list(batch)[:middle], list(batch)[middle:]):
+                if left := {seq: batch[seq] for seq in half if seq.block_table}:  # not preempted for what it shares
+                    await self.run_batch(left)
+            return
+        [seq] = batch
+        self.scheduler.spoil(seq)
+        seq.error, seq.finish_reason = failure, "error"
+        seq.stream.tell(seq)
+        probe = Sequence([0], 1, SamplingParams(), 0, b"", None, 0, block_table=[0])  # in the block that nobody reads
+        await self.thread(functools.partial(self.compute, {probe: 1}, [probe], lambda _: None))
 
     def compute(self, batch: Batch, receivers: list[Sequence],
                 soon: Callable[..., None]) -> tuple[list[Token], dict[Sequence, list[Token]]]:
@@ -2008,8 +2101,10 @@ class Engine:
         """Give each sequence its token, see whether that was its last, and wake the request's task."""
         for seq, count in batch.items():
             seq.num_computed_tokens += count
+        now = time.monotonic()
         for seq, token in zip(receivers, tokens, strict=True):
             if not seq.ended:
+                self.metrics.count_token(seq, now)
                 if seq.sampling.max_tokens != 0:  # nothing but scores are wanted
                     seq.token_ids.append(token.id)
                     seq.arrived.append(token)
@@ -2026,6 +2121,13 @@ class Engine:
             return "stop"
         full = seq.num_generated_tokens == seq.sampling.max_tokens or len(seq.token_ids) >= self.max_len
         return "length" if full else None
+
+
+def step_error(error: Exception) -> APIError:
+    """Return what the request is told whose sequence cannot be computed."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return APIError(400, "There is not enough memory for this request.", "out_of_memory")
+    return APIError(500, "The model failed on this request: it was logged.", "internal_error")
 
 
 class Detokenizer:
