@@ -825,8 +825,7 @@ def locate_on_hub(name: str) -> Callable[[], Checkpoint]:
         if not hub.try_to_load_from_cache(repo, gguf or "config.json", revision=revision or None):
             hub.HfApi().model_info(repo, revision=revision or None, timeout=4)
     except hub.errors.GatedRepoError:
-        raise APIError(404, f"The model {name!r} is gated: accept its terms on the hub and set HF_TOKEN.", "model_not_found",
-                       "model") from None
+        raise gated_model(name) from None
     except Exception as error:  # the hub's client lets those of its HTTP library through: whatever it is, there is no model
         log.info("%r was not found: %r", name, error)
         raise unknown_model(name) from None
@@ -860,6 +859,11 @@ def has_weights(folder: Path, pattern: str) -> bool:
 def unknown_model(name: str) -> APIError:
     return APIError(404, f"The model {name!r} does not exist, is private (set HF_TOKEN) or cannot be reached.",
                     "model_not_found", "model")
+
+
+def gated_model(name: str) -> APIError:
+    return APIError(404, f"The model {name!r} is gated: accept its terms on the hub and set HF_TOKEN.", "model_not_found",
+                    "model")
 
 
 def default_checkpoint() -> Path:
@@ -2373,6 +2377,8 @@ class ModelPool:
             raise
         except Exception as error:  # whatever a failing hub or a full disk makes of a download
             log.warning("%s: the download failed: %s", loaded.name, error)
+            if type(error).__name__ == "GatedRepoError":  # its description may be had by anybody
+                raise gated_model(loaded.name) from error
             raise APIError(404, f"The model {loaded.name!r} cannot be fetched.", "model_not_found", "model") from error
 
     def build(self, loaded: Loaded, checkpoint: Checkpoint) -> Engine:
@@ -2394,6 +2400,7 @@ class ModelPool:
                               self.config.max_running if self.config.continuous_batching else 1, paged=runner.paged)
         engine = Engine(model, runner, scheduler, self.thread, self.config)
         engine.grammars.prepare()
+        answer_form(model)  # for the first time it imports transformers' tables
         return engine
 
     async def make_room(self, checkpoint: Checkpoint) -> None:
