@@ -59,7 +59,7 @@ import zipfile
 from array import array
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -2889,13 +2889,17 @@ class Exchange:
         self.started = time.monotonic()
         self.last_sent = 0.0
         self.limit = trio.CancelScope()  # of a stream: until one begins, `App.dispatch_request` has its own
+        # The last message makes hypercorn report a disconnect, which would cancel this very send before it has closed.
+        self.closing = trio.CancelScope(shield=True)
         self.status: int | None = None
         self.ended = self.gone = False
         self.streams: list[TokenStream] = []
 
     async def receive(self) -> Any:
         message = await self.asgi_receive()
-        self.gone |= message["type"] == "http.disconnect" and not self.ended
+        if message["type"] == "http.disconnect":
+            self.gone = not self.ended
+            self.closing.deadline = trio.current_time() + 1  # over HTTP/2 it would wait for who has left
         return message
 
     async def send(self, message: Any) -> None:
@@ -2909,8 +2913,7 @@ class Exchange:
                 self.nursery.start_soon(self.ping)
         self.ended = not message.get("more_body", message["type"] == "http.response.start")
         self.last_sent = trio.current_time()
-        # The last message makes hypercorn report a disconnect, which cancels this very send before it has closed.
-        with trio.CancelScope(shield=self.ended):
+        with self.closing if self.ended else nullcontext():
             await self.asgi_send(message)
 
     async def ping(self) -> None:

@@ -294,7 +294,7 @@ UPGRADE = ["Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Key: dGhl
 UPGRADING = ("GET /health HTTP/1.1\r\nHost: localhost\r\n" + "\r\n".join(UPGRADE) + "\r\n\r\n").encode()
 SENT = [  # what is sent, and the status of the answer; None: the connection is closed without one
     ([b"\x16\x03\x01\x00\xa5\x01\x00\x00\xa1"], 400), ([b"\0" * 100 + b"\r\n\r\n"], 400), ([b"GET\r\n\r\n"], 400),
-    ([b"GET /health\r\n\r\n"], 400), ([b"GET /health HTTP/9.9\r\n\r\n"], 400), ([b"GET /health HTTP/1.1\r\n\r\n"], 400),
+    ([b"GET /health\r\n\r\n"], 400), ([b"GET /health HTTP/1\r\n\r\n"], 400), ([b"GET /health HTTP/1.1\r\n\r\n"], 400),
     ([b"GET /health HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n"], 400), ([head("Bad Header: x", method="GET")], 400),
     ([head(": x", method="GET")], 400), ([head("X: a\x00b", method="GET")], 400),
     ([b"GET /hea lth HTTP/1.1\r\nHost: a\r\n\r\n"], 400),
@@ -313,7 +313,7 @@ SENT = [  # what is sent, and the status of the answer; None: the connection is 
     ([head(method="OPTIONS", path="*")], 404), ([head(method="CONNECT", path="localhost:80")], 404),
     ([b"GET /health HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n"], 403),
     ([b"GET /health HTTP/1.1\r\nHost: localhost, evil.example\r\nConnection: close\r\n\r\n"], 403),
-    ([head(*UPGRADE, method="GET", path="/health")], 400), ([UPGRADING], 403),
+    ([UPGRADING], 403),
     ([post()[:40]], None), ([post()[:-5]], None), ([b"G"], None), ([b""], None), ([b"\r\n\r\n"], None),
 ]
 
