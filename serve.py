@@ -158,6 +158,11 @@ def existing_file(text: str) -> str:
     return text
 
 
+def without_port(host: str) -> str:
+    """Return the name, or the address, of a Host header."""
+    return re.sub(r":\d+$", "", host.lower())
+
+
 def api_key(text: str) -> str:
     """Return a key that a header can hold. The error does not show it."""
     if not re.fullmatch("[!-~]+", text):
@@ -251,7 +256,7 @@ class Config:
                                     "$SERVE_API_KEY is another", api_key, metavar="KEY")
     api_key_file: str | None = flag(None, "server", "a file of keys, one a line", existing_file, metavar="FILE")
     allowed_host: tuple[str, ...] = flag((), "server", "a name by which clients or a proxy call this server; repeatable; once "
-                                         "given, as always on loopback, requests to other names are refused", str.lower,
+                                         "given, as always on loopback, requests to other names are refused", without_port,
                                          metavar="HOST")
     enable_cors: bool = flag(False, "server", "let web pages of any origin call the server")
     cors_origin: tuple[str, ...] = flag((), "server", "let web pages of this origin call the server; repeatable",
@@ -2953,11 +2958,11 @@ class App(QuartTrio):
         if scope["type"] == "websocket":  # nobody is listening: this is a 403
             await send({"type": "websocket.close"})
         elif scope["type"] == "http":
-            await self.exchange(scope, receive, send)
+            await self.answer(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
 
-    async def exchange(self, scope: Any, receive: Any, send: Any) -> None:
+    async def answer(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer one request."""
         if not scope["path"].startswith("/"):  # a whole URL, or nothing at all, which Quart cannot read
             scope = {**scope, "path": re.sub("^[^/]*//[^/]*", "", scope["path"]) or "/"}
@@ -3033,8 +3038,8 @@ async def http_error(error: HTTPException) -> Response:
 async def gatekeeper() -> None:
     """Turn away what must not reach an endpoint: web pages that rebind a name to loopback, who has no key, who comes late."""
     hosts = app.settings.allowed_host
-    if (hosts or LOOPBACK.fullmatch(app.settings.host)) and not LOOPBACK.fullmatch(request.host) and not {
-            request.host.lower(), request.host.lower().rpartition(":")[0]} & set(hosts):
+    if (hosts or LOOPBACK.fullmatch(app.settings.host)) and not (
+            LOOPBACK.fullmatch(request.host) or without_port(request.host) in hosts):
         raise APIError(403, "The Host header names another server: see --allowed-host.", "forbidden_host")
     origin = request.headers.get("Origin")  # a foreign web page may not even ask: it can, unread, in a plain POST
     if origin and not allows(origin) and origin.partition("://")[2] != request.host:

@@ -180,7 +180,6 @@ ROUTES = [
     ("GET", "/", 404), ("GET", "/favicon.ico", 404), ("GET", "/.env", 404), ("GET", "/v1", 404), ("GET", "/v1/", 404),
     ("GET", "/v1/models/", 404), ("GET", "/v1/models/nobody", 404), ("GET", "/v1/models/..%2f..%2fetc%2fpasswd", 404),
     ("GET", "/v1/models/%00", 404), ("GET", "/v1/models/" + "x" * 9000, 404), ("GET", "/health/", 404),
-    ("GET", "//health", 404),
     ("GET", "/%2e%2e/%2e%2e/etc/passwd", 404), ("GET", "/v1/chat/completions/x", 404), ("POST", "/v1/chat", 404),
     ("POST", "/v1/chat/completions?", 415), ("POST", "/metrics", 405), ("POST", "/docs", 405), ("PUT", "/openapi.json", 405),
     ("DELETE", CHAT, 405), ("PATCH", TEXT, 405), ("GET", TOKENIZE, 405), ("GET", DETOKENIZE, 405), ("GET", LOAD, 405),
@@ -302,10 +301,10 @@ SENT = [  # what is sent, and the status of the answer; None: the connection is 
     ([head(path="/" + "a" * 70_000, method="GET")], 431), ([head(method="GET", path="/\xe9")], 400),
     ([head("Content-Length: -5")], 400), ([head("Content-Length: x")], 400),
     ([head("Content-Length: 5", "Content-Length: 6")], 400),
-    ([head("Content-Length: " + "9" * 30)], 413), ([head("Content-Length: 99999999999")], 413),
+    ([head("Content-Length: " + "9" * 30)], 400), ([head("Content-Length: 99999999999")], 413),
     ([head("Transfer-Encoding: gzip")], 400), ([head("Transfer-Encoding: chunked, gzip")], 400),
-    ([CHUNKED, b"zz\r\n"], 400), ([CHUNKED, b"-1\r\n"], 400), ([CHUNKED, b"2;" + b"x" * 70_000], 400),
-    ([CHUNKED, b"2\r\n{}XX"], 400), ([CHUNKED, b"2\r\n{}\r\n0\r\n\r\n"], 400), ([CHUNKED, b"f" * 17 + b"\r\n"], 400),
+    ([CHUNKED, b"zz\r\n"], 400), ([CHUNKED, b"-1\r\n"], 400), ([CHUNKED, b"2;" + b"x" * 70_000], 431),
+    ([CHUNKED, b"2\r\n{}XX"], 400), ([CHUNKED, b"2\r\n{}\r\n0\r\n\r\n"], 400), ([CHUNKED, b"f" * 30 + b"\r\n"], 400),
     ([head("Content-Length: 2", "Content-Type: application/json"), b"{", b"}"], 400),
     ([head("Content-Length: 2", "Content-Type: application/json", "Expect: 100-continue"), b"{}"], 100),
     ([b"GET ?x HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"], 404),
@@ -396,7 +395,7 @@ def test_slow_clients_get_their_answer_and_hold_up_nobody(server: LocalServer, c
     sent = post(max_tokens=8)
     with connect(server) as writer, connect(server) as reader, connect(server) as silent:
         reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        reader.sendall(post(max_tokens=100, ignore_eos=True, stream=True, n=8, logprobs=True, top_logprobs=20, temperature=1))
+        reader.sendall(post(max_tokens=20, ignore_eos=True, stream=True, n=2, logprobs=True, top_logprobs=20, temperature=1))
         silent.sendall(b"POST / HTTP/1.1\r\nHost: ")
         for i in range(len(sent)):
             writer.sendall(sent[i:i + 1])
@@ -484,7 +483,7 @@ def fault(*_: Any, **__: Any) -> Any:
 FAULTS = {
     "decode": (serve.msgspec.json, "decode"), "get the model": (serve.ModelPool, "get"), "render": (serve, "plain_messages"),
     "tokenize": (serve, "tokenize"), "grammar": (serve, "chat_grammar"), "compile": (serve, "compile_grammar"),
-    "submit": (serve.Engine, "submit"), "enter": (serve.Engine, "enter"), "sample": (serve, "argmax"),
+    "submit": (serve.Engine, "submit"), "enter": (serve.Engine, "enter"), "sample": (serve, "sample"),
     "mask": (serve, "allowed_tokens"), "detokenise": (serve.Detokenizer, "add"), "chunks": (serve, "message_delta"),
     "usage": (serve, "usage"), "fields": (serve, "sampling_params"),
 }
@@ -498,12 +497,10 @@ def test_faults(server: LocalServer, client: httpx.Client, monkeypatch: pytest.M
               "structured_outputs": {"regex": f"[a-z]{{9}}{step}{stream}"}}
     with monkeypatch.context() as patch:
         owner, name = FAULTS[step]
-        if step in ("sample", "mask"):  # of a batch without it, and so of the probe, nothing is wrong
-            whole = getattr(owner, name)
-            patch.setattr(owner, name, lambda *args: fault() if any(seq.matcher for seq in server.engine.scheduler.running)
-                          else whole(*args))
-        else:
-            patch.setattr(owner, name, fault)
+        whole = getattr(owner, name)  # if there is anything to sample without grammars, nothing is wrong: the engine goes on
+        spare = step == "sample"
+        patch.setattr(owner, name, lambda *args, **options: whole(*args, **options) if spare and not any(
+            seq.matcher for seq in args[1]) else fault())
         response = client.post(CHAT, json=fields)
     if response.status_code == 200 and stream:  # too late for a status
         *_, event = response.text.removesuffix("\n\n").split("\n\n")

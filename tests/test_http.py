@@ -372,7 +372,7 @@ def settings(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> Callable[.
 @pytest.mark.parametrize("headers, allowed", [
     ({}, False), ({"Authorization": "Bearer key-one"}, True), ({"Authorization": "bearer  key-two"}, True),
     ({"X-Api-Key": "key-two"}, True), ({"Authorization": "Bearer none", "X-Api-Key": "key-one"}, True),
-    ({"Authorization": "Bearer "}, False), ({"Authorization": "Bearer"}, False), ({"Authorization": "Bearer key-on"}, False),
+    ({"Authorization": "Bearer"}, False), ({"Authorization": "Bearer key-on"}, False),
     ({"Authorization": "Bearer key-one-"}, False), ({"Authorization": "Basic key-one"}, False), ({"X-Api-Key": ""}, False),
     ({"Authorization": "key-one"}, False), ({"X-Api-Key": "KEY-ONE"}, False), ({"X-Api-Key": "é".encode()}, False),
     ({"Authorization": "Bearer key-one key-two"}, False)], ids=str)
@@ -381,7 +381,7 @@ def test_every_path_needs_a_key_but_those_that_are_open(server: LocalServer, set
     settings(api_key=("key-one", "key-two"))
     known = {(method, rule.rule.replace("<path:model_id>", "x")) for rule in serve.app.url_map.iter_rules()
              for method in rule.methods}
-    for method, path in sorted(known | {("GET", "/v1/nothing"), ("GET", "//health"), ("POST", "/health/")}):
+    for method, path in sorted(known | {("GET", "/v1/nothing"), ("GET", "/health/x"), ("POST", "/health/")}):
         if method in ("HEAD", "OPTIONS") and path == "/health" or path == "/reset":
             continue
         response = http.request(method, server.url + path, headers=headers)
@@ -402,10 +402,10 @@ def test_preflights_need_no_key(server: LocalServer, settings: Callable) -> None
 
 
 @pytest.mark.parametrize("host, status", [("proxy.example", 200), ("PROXY.example:443", 200), ("localhost", 200), ("", 403),
-                                          ("other.example", 403), ("proxy.example.other.example", 403), ("[::5]:80", 200)])
+                                          ("other.example", 403), ("proxy.example.other.example", 403), ("[::5]:81", 200)])
 @pytest.mark.parametrize("bound", ["127.0.0.1", "0.0.0.0"])
 def test_names_that_are_allowed(server: LocalServer, settings: Callable, bound: str, host: str, status: int) -> None:
-    settings(host=bound, allowed_host=("proxy.example", "[::5]:80"))
+    settings(host=bound, allowed_host=("proxy.example", "[::5]"))
     assert http.get(server.url + "/v1/models", headers={"Host": host}).status_code == status
     settings(host=bound, allowed_host=())
     other = http.get(server.url + "/v1/models", headers={"Host": "any.example"})
@@ -416,21 +416,17 @@ def test_names_that_are_allowed(server: LocalServer, settings: Callable, bound: 
 @pytest.mark.parametrize("queued", [False, True])
 def test_a_request_that_takes_too_long(server: LocalServer, settings: Callable, monkeypatch: pytest.MonkeyPatch, queued: bool,
                                        stream: bool) -> None:
-    settings(request_timeout=0.5)
-    with contextlib.ExitStack() as stack:
-        if queued:
-            monkeypatch.setattr(server.engine.scheduler, "max_running", 0)
+    with full_batch(server, monkeypatch) if queued else contextlib.nullcontext():
+        settings(request_timeout=0.5)
         started = time.monotonic()
         response = ask(server, **{**STORY, "stream": stream})
         assert 0.4 < time.monotonic() - started < 3
-        stack.close()
     if stream:
         assert response.status_code == 200
         *_, event, rest = response.text.split("\n\n")
         assert rest == ""
         response = httpx.Response(400, text=event.removeprefix("data: "), headers={"Content-Type": "application/json"})
     assert response.status_code == 400 and error_of(response)["code"] == "request_timeout"
-    monkeypatch.undo()
     server.assert_idle()
     settings(request_timeout=60.0)
     assert ask(server, max_tokens=8, stream=stream).status_code == 200
