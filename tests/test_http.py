@@ -467,14 +467,19 @@ def test_a_stream_that_is_silent_is_kept_alive(server: LocalServer, monkeypatch:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_is_a_line_of_the_log(server: LocalServer, caplog: pytest.LogCaptureFixture, stream: bool,
                                         client_leaves: bool) -> None:
+    def lines() -> list[dict]:
+        fields = [getattr(record, "fields", {}) for record in caplog.records]
+        return [line for line in fields if line.get("id") == "mine"]
+
     with caplog.at_level("INFO", "serve"):
         if client_leaves:
-            with asking(server, stream=stream):
+            with asking(server, extra="X-Request-Id: mine\r\n", stream=stream):
                 wait_until(lambda: server.engine.scheduler.running)
         else:
-            ask(server, max_tokens=2, n=2, stream=stream)
-        wait_until(lambda: any(hasattr(record, "fields") for record in caplog.records))
-    [found] = [record.fields for record in caplog.records if hasattr(record, "fields")]
+            http.post(server.url + CHAT, json={"messages": QUESTION, "max_tokens": 2, "n": 2, "stream": stream},
+                      headers={"X-Request-Id": "mine"})
+        wait_until(lines)
+    [found] = lines()
     assert found.items() >= {"method": "POST", "path": CHAT, "model": "SmolLM2-135M-Instruct", "prompt_tokens": 37}.items() or (
         client_leaves and found["prompt_tokens"] > 30)
     if client_leaves:
