@@ -494,8 +494,8 @@ FAULTS = {
 def test_faults(server: LocalServer, client: httpx.Client, monkeypatch: pytest.MonkeyPatch, step: str, stream: bool) -> None:
     """The request is a 500 that tells nothing, and leaves nothing."""
     fields = {"messages": [USER], "max_tokens": 8, "stream": stream, "n": 2,
-              "structured_outputs": {"regex": f"[a-z]{{9}}{step}{stream}"}, **({"stream_options": {"include_usage": True}} if stream
-                                                                               else {})}
+              "structured_outputs": {"regex": f"[a-z]{{9}}{step}{stream}"},
+              "stream_options": {"include_usage": True} if stream else None}
     with monkeypatch.context() as patch:
         owner, name = FAULTS[step]
         whole = getattr(owner, name)  # if there is anything to sample without grammars, nothing is wrong: the engine goes on
