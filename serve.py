@@ -327,10 +327,11 @@ def parse_command_line(argv: list[str]) -> Config:
     values["keyfile"] = values["keyfile"] or values["certfile"]
     try:
         values["api_key"] += more_keys(values["api_key_file"])
+    except (OSError, ValueError, argparse.ArgumentTypeError) as error:
+        parser.error(f"API keys: {error}")
+    try:
         if values["keyfile"]:
             ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(values["certfile"], values["keyfile"])
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        parser.error(f"API keys: {error}")
     except (OSError, TypeError):
         parser.error("--certfile and --keyfile must be a certificate and its key")
     return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
@@ -548,7 +549,7 @@ class Sequence:
     cache: Any = None  # the fallback runner's own Hugging Face cache
     adapter: str | None = None  # with which it is computed
     matcher: llguidance.LLMatcher | None = None  # where in its grammar the answer is: it has seen the generated tokens
-    queued_at: float = 0.0  # on the monotonic clock, as are
+    queued_at: float = 0.0  # this and the other times: seconds of the monotonic clock
     admitted_at: float = 0.0
     first_token_at: float | None = None
     last_token_at: float = 0.0
@@ -1929,8 +1930,7 @@ class Metrics:
 
     prompt_tokens: int = 0
     generation_tokens: int = 0
-    prefix_cache_queries: int = 0  # tokens of prompts that were looked up in the prefix cache
-    prefix_cache_hits: int = 0  # those of them that were found there
+    prefix_cache_hits: int = 0  # tokens of prompts that were found in the prefix cache
     request_success: Counter[str] = field(default_factory=Counter)  # by finish reason
     time_to_first_token_seconds: Histogram = field(default_factory=Histogram)
     inter_token_latency_seconds: Histogram = field(default_factory=Histogram)
@@ -1942,7 +1942,6 @@ class Metrics:
         if seq.first_token_at is None:
             seq.first_token_at = now
             self.prompt_tokens += seq.num_prompt_tokens
-            self.prefix_cache_queries += seq.num_prompt_tokens
             self.prefix_cache_hits += seq.num_cached_tokens or 0
             self.time_to_first_token_seconds.add(now - seq.queued_at)
             self.request_queue_time_seconds.add(seq.admitted_at - seq.queued_at)
@@ -3849,6 +3848,7 @@ METRICS: dict[str, Callable[[Engine], Any]] = {  # besides the fields of `Metric
     "num_requests_running": lambda engine: len(engine.scheduler.running),
     "num_requests_waiting": lambda engine: len(engine.scheduler.waiting),
     "kv_cache_usage_perc": lambda engine: 1 - len(engine.scheduler.pool.free) / (engine.scheduler.pool.num_blocks - 1),
+    "prefix_cache_queries_total": lambda engine: engine.metrics.prompt_tokens,  # each is looked for
     "num_preemptions_total": lambda engine: engine.scheduler.num_preemptions,
     "time_per_output_token_seconds": lambda engine: engine.metrics.inter_token_latency_seconds,  # its older name
 } | {f.name + ("" if f.type == "Histogram" else "_total"): lambda engine, name=f.name: getattr(engine.metrics, name)

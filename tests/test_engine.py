@@ -559,7 +559,7 @@ async def test_what_is_counted() -> None:
             await anext(stream)
         found = engine.metrics
         assert found.request_success == {"length": 2, "abort": 3}
-        assert found.prefix_cache_queries == found.prompt_tokens and found.prompt_tokens in (36, 48)
+        assert found.prompt_tokens in (36, 48)
         assert found.prefix_cache_hits in (16, 24) and found.generation_tokens >= 7
         assert sum(found.e2e_request_latency_seconds.counts) == 2
         firsts, others = found.time_to_first_token_seconds, found.inter_token_latency_seconds
