@@ -55,6 +55,7 @@ import time
 import types
 import uuid
 import warnings
+import weakref
 import zipfile
 from array import array
 from collections import Counter, OrderedDict, deque
@@ -2020,6 +2021,7 @@ class Engine:
         self.model, self.runner, self.scheduler, self.thread = model, runner, scheduler, thread
         self.grammars, self.metrics = Grammars(model), Metrics()
         self.max_queue = config.max_queue
+        self.promised: weakref.WeakSet[TokenStream] = weakref.WeakSet()  # places in the queue: a status may have been sent
         self.seeds = random.Random(config.default_seed)
         self.work = trio.Event()
         self.news: list[TokenStream] = []  # whose tasks are to be woken
@@ -2045,11 +2047,13 @@ class Engine:
         if len(stream.sequences) > self.max_queue:
             raise APIError(400, f"One request can have at most {self.max_queue} answers here.", "invalid_value", "n")
         self.check_queue(stream)
+        self.promised.add(stream)
         return stream
 
     def check_queue(self, stream: TokenStream) -> None:
         """Raise APIError 429 if the stream's sequences are more than the queue still takes."""
-        if len(self.scheduler.waiting) + len(stream.sequences) > self.max_queue:
+        promised = sum(len(other.sequences) for other in self.promised)
+        if len(self.scheduler.waiting) + promised + len(stream.sequences) > self.max_queue:
             raise APIError(429, f"{len(self.scheduler.waiting)} sequences are waiting: try again later.", "queue_full")
 
     def check_length(self, prompt: Prompt) -> None:
@@ -2067,7 +2071,7 @@ class Engine:
     def enter(self, stream: TokenStream) -> None:
         if self.stopped:
             raise APIError(503, "The model was just unloaded: try again.", "model_unloaded")
-        self.check_queue(stream)
+        self.promised.discard(stream)
         stream.unfinished = len(stream.sequences)
         for seq in stream.sequences:
             seq.queued_at = time.monotonic()

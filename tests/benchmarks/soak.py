@@ -79,6 +79,8 @@ class Soak:
         self.seen[f"{what}: {status}"] += 1
         if status not in (*statuses, 429):
             self.wrong.append(f"{what}: {status} {content[:300]!r}")
+        if status == 429:
+            time.sleep(0.2)  # less than it asks for
         return content if status == 200 else None
 
 
