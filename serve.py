@@ -2052,9 +2052,9 @@ class Engine:
 
     def check_queue(self, stream: TokenStream) -> None:
         """Raise APIError 429 if the stream's sequences are more than the queue still takes."""
-        promised = sum(len(other.sequences) for other in self.promised)
-        if len(self.scheduler.waiting) + promised + len(stream.sequences) > self.max_queue:
-            raise APIError(429, f"{len(self.scheduler.waiting)} sequences are waiting: try again later.", "queue_full")
+        waiting = len(self.scheduler.waiting) + sum(len(other.sequences) for other in self.promised)
+        if waiting + len(stream.sequences) > self.max_queue:
+            raise APIError(429, f"{waiting} sequences are waiting: try again later.", "queue_full")
 
     def check_length(self, prompt: Prompt) -> None:
         """Raise APIError 400 unless the prompt leaves room for a token."""

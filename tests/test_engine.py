@@ -259,8 +259,8 @@ async def test_a_cancelled_request_leaves() -> None:
         nursery.cancel_scope.cancel()
 
 
-async def test_a_stream_that_nobody_enters_holds_nothing() -> None:
-    engine = make_engine(max_queue=2)
+async def test_a_stream_that_nobody_enters_holds_no_block() -> None:
+    engine = make_engine(max_queue=5)
     streams = [engine.submit([serve.Prompt([1])], Params()) for _ in range(5)]
     await engine.step()
     assert_all_free(engine)
