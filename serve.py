@@ -15,8 +15,8 @@ The life of a request, top to bottom of this file and back:
     deltas             turns tokens into text, stops at stop strings; chat_chunks makes them chunks, sent or folded
 
 Contents: Configuration · Paged KV cache · Sequences · Scheduler · Model · Runner · Fusion · Sampling · Structured output ·
-Engine · Model pool · Prompts · Deltas · HTTP · Sampling fields · MCP tools · Chat completions · Completions ·
-Responses · Models and health · Main.
+Engine · Model pool · Prompts · Deltas · HTTP · Sampling fields · MCP tools · Chat completions · Completions · Responses ·
+Models, health, metrics · Main.
 Each banner is the name of its test file.
 """
 from __future__ import annotations
@@ -31,6 +31,8 @@ import fcntl
 import functools
 import gc
 import hashlib
+import hmac
+import html
 import importlib
 import inspect
 import itertools
@@ -45,6 +47,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import struct
 import subprocess
 import sys
@@ -54,12 +57,14 @@ import time
 import types
 import uuid
 import warnings
+import weakref
 import zipfile
 import zlib
 from array import array
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -79,8 +84,10 @@ HERE = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
 sys.modules.setdefault("serve_kernels", types.ModuleType("serve_kernels")).__path__ = [str(HERE / "kernels")]
 
+import h11
 import hypercorn.config
-import hypercorn.trio
+import hypercorn.protocol.h11
+import hypercorn.trio.run
 import llguidance
 import llguidance.hf
 import msgspec
@@ -184,6 +191,18 @@ def tool_servers(text: str) -> dict[str, ToolServerSettings]:
     return {label: settings for label, settings in servers.items() if not settings.disabled}
 
 
+def without_port(host: str) -> str:
+    """Return the name, or the address, of a Host header."""
+    return re.sub(r":\d+$", "", host.lower())
+
+
+def api_key(text: str) -> str:
+    """Return a key that a header can hold. The error does not show it."""
+    if not re.fullmatch("[!-~]+", text):
+        raise argparse.ArgumentTypeError("a key has one or more printable ASCII characters and no spaces")
+    return text
+
+
 def named_adapter(text: str) -> str:
     """Return a NAME=FOLDER whose folder holds an adapter."""
     name, _, folder = text.partition("=")
@@ -275,13 +294,25 @@ class Config:
 
     host: str = flag("127.0.0.1", "server", "address to listen on")
     port: int = flag(8000, "server", "port to listen on; 0: any free one", at_least(0))
+    api_key: tuple[str, ...] = flag((), "server", "a key that requests must send, as Bearer or X-Api-Key; repeatable; "
+                                    "$SERVE_API_KEY is another", api_key, metavar="KEY")
+    api_key_file: str | None = flag(None, "server", "a file of keys, one a line", existing_file, metavar="FILE")
+    allowed_host: tuple[str, ...] = flag((), "server", "a name by which clients or a proxy call this server; repeatable; once "
+                                         "given, as always on loopback, requests to other names are refused", without_port,
+                                         metavar="HOST")
     enable_cors: bool = flag(False, "server", "let web pages of any origin call the server")
     cors_origin: tuple[str, ...] = flag((), "server", "let web pages of this origin call the server; repeatable",
                                         metavar="ORIGIN")
     response_store: str | None = flag(None, "server", "keep what /v1/responses answered in this SQLite file, not in memory",
                                       metavar="FILE")
+    certfile: str | None = flag(None, "server", "a PEM certificate: serve https", existing_file, metavar="FILE")
+    keyfile: str | None = flag(None, "server", "its private key, if it is not in the same file", existing_file, metavar="FILE")
+    max_body_size: float = flag(float(64 << 20), "server", "bytes of a request's body (64MiB)", memory, metavar="SIZE")
+    request_timeout: float = flag(0.0, "server", "seconds after which a request that is not answered fails; 0: never",
+                                  at_least(0, float))
     grace_period: float = flag(8.0, "server", "seconds that running requests get to finish at shutdown", at_least(0, float))
     log_level: str = flag("info", "server", "how much to log", choices=["debug", "info", "warning", "error", "critical"])
+    log_format: str = flag("text", "server", "json: every line of the log is an object", choices=["text", "json"])
 
     @property
     def attention(self) -> str:
@@ -339,7 +370,25 @@ def parse_command_line(argv: list[str]) -> Config:
         if name in taken:
             parser.error(f"--adapter: the name {name!r} is taken")
         taken.add(name)
+    values["keyfile"] = values["keyfile"] or values["certfile"]
+    try:
+        values["api_key"] += more_keys(values["api_key_file"])
+    except (OSError, ValueError, argparse.ArgumentTypeError) as error:
+        parser.error(f"API keys: {error}")
+    try:
+        if values["keyfile"]:
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(values["certfile"], values["keyfile"])
+    except (OSError, TypeError):
+        parser.error("--certfile and --keyfile must be a certificate and its key")
     return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def more_keys(file: str | None) -> list[str]:
+    """Return the keys of a file and of the environment; one that is empty is an error, not an open door."""
+    keys = Path(file).read_text().split() if file else []
+    if file and not keys:
+        raise ValueError(f"{file} has none")
+    return [api_key(key) for key in (*keys, os.environ.get("SERVE_API_KEY")) if key is not None]
 
 
 def add_argument(group: Any, name: str, kind: str, default: Any, meta: Any) -> None:
@@ -546,6 +595,10 @@ class Sequence:
     cache: Any = None  # the fallback runner's own Hugging Face cache
     adapter: str | None = None  # with which it is computed
     matcher: llguidance.LLMatcher | None = None  # where in its grammar the answer is: it has seen the generated tokens
+    queued_at: float = 0.0  # this and the other times: seconds of the monotonic clock
+    admitted_at: float = 0.0
+    first_token_at: float | None = None
+    last_token_at: float = 0.0
 
     @property
     def num_generated_tokens(self) -> int:
@@ -602,6 +655,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # oldest first
         self.budget = self.scored_budget = 0  # tokens that the step being scheduled has left, and those of scored prompts
         self.turns: dict[str | None, None] = {}  # the adapters met so far, least recently served first
+        self.num_preemptions = 0
 
     @property
     def idle(self) -> bool:
@@ -662,7 +716,7 @@ class Scheduler:
         if seq.scoring:
             self.open_scores(seq)
         if seq.num_cached_tokens is None:
-            seq.num_cached_tokens = seq.num_computed_tokens
+            seq.num_cached_tokens, seq.admitted_at = seq.num_computed_tokens, time.monotonic()
         seq.block_table += blocks
         self.waiting.popleft()
         self.running.append(seq)
@@ -709,9 +763,18 @@ class Scheduler:
 
     def preempt(self, seq: Sequence) -> None:
         """Take a running sequence's blocks; it waits first in line and will be computed again."""
+        self.num_preemptions += 1
         self.running.remove(seq)
         self.release(seq)
         self.waiting.appendleft(seq)
+
+    def spoil(self, seq: Sequence) -> None:
+        """Take back the blocks that a sequence's failed step was to fill: who shares them is computed again."""
+        first = max(seq.num_computed_tokens, seq.num_shared_tokens) // self.pool.block_size
+        for block in (spoilt := set(seq.block_table[first:])):
+            self.pool.unpublish(block)
+        for other in [other for other in self.running if other is not seq and spoilt.intersection(other.block_table)]:
+            self.preempt(other)
 
     def drop_ended(self) -> None:
         """Forget the sequences that are finished or abandoned, and free what they hold."""
@@ -814,8 +877,7 @@ def locate_on_hub(name: str) -> Callable[[], Checkpoint]:
         if not hub.try_to_load_from_cache(repo, gguf or "config.json", revision=revision or None):
             hub.HfApi().model_info(repo, revision=revision or None, timeout=4)
     except hub.errors.GatedRepoError:
-        raise APIError(404, f"The model {name!r} is gated: accept its terms on the hub and set HF_TOKEN.", "model_not_found",
-                       "model") from None
+        raise gated_model(name) from None
     except Exception as error:  # the hub's client lets those of its HTTP library through: whatever it is, there is no model
         log.info("%r was not found: %r", name, error)
         raise unknown_model(name) from None
@@ -847,7 +909,13 @@ def has_weights(folder: Path, pattern: str) -> bool:
 
 
 def unknown_model(name: str) -> APIError:
-    return APIError(404, f"The model {name!r} does not exist or cannot be reached.", "model_not_found", "model")
+    return APIError(404, f"The model {name!r} does not exist, is private (set HF_TOKEN) or cannot be reached.",
+                    "model_not_found", "model")
+
+
+def gated_model(name: str) -> APIError:
+    return APIError(404, f"The model {name!r} is gated: accept its terms on the hub and set HF_TOKEN.", "model_not_found",
+                    "model")
 
 
 def default_checkpoint() -> Path:
@@ -1158,21 +1226,9 @@ class SequentialRunner:
         self.token_bytes = 0  # by which a sequence's cache grows with each token; found by the self-test
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return the logits [samples, vocab] as the other runner does; every sequence of a batch is computed to its end.
-
-        The code that runs here is the model's own, and may fail on one prompt: then that sequence has an error.
-        """
+        """Return the logits [samples, vocab] as the other runner does; every sequence of a batch is computed to its end."""
         self.model.activate(next(iter(batch)).adapter)
-        rows = []
-        for seq, count in batch.items():
-            scored = len(seq.scored(count))
-            try:
-                rows.append(self.last_logits(seq, scored))
-            except Exception as error:
-                log.error("%s: a sequence failed", self.model.id, exc_info=error)
-                seq.error = APIError(500, "The model failed on this prompt.", "model_failed")
-                rows.append(torch.zeros(1 + scored, self.model.vocab_size, dtype=self.model.network.dtype,
-                                        device=self.model.device))
+        rows = [self.last_logits(seq, len(seq.scored(count))) for seq, count in batch.items()]
         return torch.cat([logits[:1] for logits in rows] + [logits[1:] for logits in rows])
 
     def last_logits(self, seq: Sequence, scored: int = 0) -> Tensor:
@@ -1794,7 +1850,9 @@ class Grammars:
 
     async def compile(self, grammar: Grammar) -> llguidance.LLMatcher:
         """Return a grammar compiled, off the event loop and yielding to all else. Raises APIError 400."""
-        text, param = grammar.text, next(iter(grammar.params.values()))
+        param = next(iter(grammar.params.values()))
+        check_size(len(msgspec.json.encode(grammar.parts)), param)  # a quick look: to write the text takes a while
+        text = grammar.text
         check_size(len(text), param)
         if text not in self.compiled:
             async with self.turn:
@@ -1897,6 +1955,57 @@ class EngineThread:
         return await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
 
 
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0)
+
+
+@dataclass(slots=True)
+class Histogram:
+    """Durations, counted by the first of SECONDS that is no shorter."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(SECONDS) + 1))
+    sum: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        self.counts[bisect.bisect_left(SECONDS, seconds)] += 1
+        self.sum += seconds
+
+
+@dataclass(slots=True)
+class Metrics:
+    """What an engine has done since it was loaded; each answer counts as a request. The names are vLLM's."""
+
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_cache_hits: int = 0  # tokens of prompts that were found in the prefix cache
+    request_success: Counter[str] = field(default_factory=Counter)  # by finish reason
+    time_to_first_token_seconds: Histogram = field(default_factory=Histogram)
+    inter_token_latency_seconds: Histogram = field(default_factory=Histogram)
+    e2e_request_latency_seconds: Histogram = field(default_factory=Histogram)
+    request_queue_time_seconds: Histogram = field(default_factory=Histogram)
+
+    def count_token(self, seq: Sequence, now: float) -> None:
+        """Count a sequence's next token, with the first its prompt; a prompt that is only scored gets none."""
+        if seq.first_token_at is None:
+            seq.first_token_at = now
+            self.prompt_tokens += seq.num_prompt_tokens
+            self.prefix_cache_hits += seq.num_cached_tokens or 0
+            self.time_to_first_token_seconds.add(now - seq.queued_at)
+            self.request_queue_time_seconds.add(seq.admitted_at - seq.queued_at)
+        else:
+            self.inter_token_latency_seconds.add(now - seq.last_token_at)
+        seq.last_token_at = now
+        self.generation_tokens += seq.sampling.max_tokens != 0
+
+    def count_end(self, seq: Sequence) -> None:
+        """Count a sequence's end, which is an abort if it has no finish reason."""
+        self.request_success[seq.finish_reason or "abort"] += 1
+        if seq.finish_reason:
+            self.e2e_request_latency_seconds.add(time.monotonic() - seq.queued_at)
+
+
+opened: ContextVar[list[TokenStream]] = ContextVar("opened")  # the streams of the request that is being answered, if any
+
+
 class TokenStream:
     """The answers to one request, as they are computed.
 
@@ -1914,11 +2023,14 @@ class TokenStream:
 
     async def __aenter__(self) -> TokenStream:
         self.engine.enter(self)
+        opened.get([]).append(self)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self.closed = True
         self.engine.wake()
+        for seq in self.sequences:
+            self.engine.metrics.count_end(seq)
 
     def __aiter__(self) -> TokenStream:
         return self
@@ -1952,8 +2064,9 @@ class Engine:
 
     def __init__(self, model: Model, runner: Runner, scheduler: Scheduler, thread: EngineThread, config: Config) -> None:
         self.model, self.runner, self.scheduler, self.thread = model, runner, scheduler, thread
-        self.grammars = Grammars(model)
+        self.grammars, self.metrics = Grammars(model), Metrics()
         self.max_queue = config.max_queue
+        self.promised: weakref.WeakSet[TokenStream] = weakref.WeakSet()  # places in the queue: a status may have been sent
         self.seeds = random.Random(config.default_seed)
         self.work = trio.Event()
         self.news: list[TokenStream] = []  # whose tasks are to be woken
@@ -1979,12 +2092,14 @@ class Engine:
         if len(stream.sequences) > self.max_queue:
             raise APIError(400, f"One request can have at most {self.max_queue} answers here.", "invalid_value", "n")
         self.check_queue(stream)
+        self.promised.add(stream)
         return stream
 
     def check_queue(self, stream: TokenStream) -> None:
         """Raise APIError 429 if the stream's sequences are more than the queue still takes."""
-        if len(self.scheduler.waiting) + len(stream.sequences) > self.max_queue:
-            raise APIError(429, f"{len(self.scheduler.waiting)} sequences are waiting: try again later.", "queue_full")
+        waiting = len(self.scheduler.waiting) + sum(len(other.sequences) for other in self.promised)
+        if waiting + len(stream.sequences) > self.max_queue:
+            raise APIError(429, f"{waiting} sequences are waiting: try again later.", "queue_full")
 
     def check_length(self, prompt: Prompt) -> None:
         """Raise APIError 400 unless the prompt leaves room for a token."""
@@ -2001,8 +2116,10 @@ class Engine:
     def enter(self, stream: TokenStream) -> None:
         if self.stopped:
             raise APIError(503, "The model was just unloaded: try again.", "model_unloaded")
-        self.check_queue(stream)
+        self.promised.discard(stream)
         stream.unfinished = len(stream.sequences)
+        for seq in stream.sequences:
+            seq.queued_at = time.monotonic()
         self.scheduler.waiting += stream.sequences
         self.wake()
 
@@ -2028,11 +2145,42 @@ class Engine:
         """Move every running sequence on: drop who left, schedule, run, deliver."""
         self.scheduler.drop_ended()
         if batch := self.scheduler.schedule():
-            receivers = sampled(batch)
-            soon = trio.lowlevel.current_trio_token().run_sync_soon
+            await self.run_batch(batch)
+
+    async def run_batch(self, batch: Batch) -> None:
+        """Run a batch and deliver its tokens. If it fails, so do those sequences alone that fail by themselves.
+
+        Raises what a token of nothing raises after that: then there is no engine left, and the process ends.
+        """
+        receivers = sampled(batch)
+        soon = trio.lowlevel.current_trio_token().run_sync_soon
+        try:
             tokens, scores = await self.thread(functools.partial(self.compute, batch, receivers, soon))
+        except Exception as error:
+            log.error("%s: a step of %d sequences failed: %r", self.model.id, len(batch), error, exc_info=len(batch) == 1)
+            failure = step_error(error)
+        else:
             self.deliver_scores(scores)
             self.deliver(batch, receivers, tokens)
+            return
+        await self.retry(batch, failure)  # not amid the handling: the error's frames hold the tensors of the step
+
+    async def retry(self, batch: Batch, failure: APIError) -> None:
+        """Run the halves of a batch that failed, one after the other; a sequence alone has failed."""
+        for seq in batch:
+            seq.cache = None  # it may have gone ahead of the sequence
+        if len(batch) > 1:
+            middle = len(batch) // 2
+            for half in (list(batch)[:middle], list(batch)[middle:]):
+                if left := {seq: batch[seq] for seq in half if seq.block_table}:  # not preempted for what it shares
+                    await self.run_batch(left)
+            return
+        [seq] = batch
+        self.scheduler.spoil(seq)
+        seq.error, seq.finish_reason = failure, "error"
+        seq.stream.tell(seq)
+        probe = Sequence([0], 1, SamplingParams(), 0, b"", None, 0, block_table=[0])  # in the block that nobody reads
+        await self.thread(functools.partial(self.compute, {probe: 1}, [probe], lambda _: None))
 
     def compute(self, batch: Batch, receivers: list[Sequence],
                 soon: Callable[..., None]) -> tuple[list[Token], dict[Sequence, list[Token]]]:
@@ -2055,8 +2203,10 @@ class Engine:
         """Give each sequence its token, see whether that was its last, and wake the request's task."""
         for seq, count in batch.items():
             seq.num_computed_tokens += count
+        now = time.monotonic()
         for seq, token in zip(receivers, tokens, strict=True):
             if not seq.ended:
+                self.metrics.count_token(seq, now)
                 if seq.sampling.max_tokens != 0:  # nothing but scores are wanted
                     seq.token_ids.append(token.id)
                     seq.arrived.append(token)
@@ -2073,6 +2223,13 @@ class Engine:
             return "stop"
         full = seq.num_generated_tokens == seq.sampling.max_tokens or len(seq.token_ids) >= self.max_len
         return "length" if full else None
+
+
+def step_error(error: Exception) -> APIError:
+    """Return what the request is told whose sequence cannot be computed."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return APIError(400, "There is not enough memory for this request.", "out_of_memory")
+    return APIError(500, "The model failed on this request: it was logged.", "internal_error")
 
 
 class Detokenizer:
@@ -2273,6 +2430,8 @@ class ModelPool:
             raise
         except Exception as error:  # whatever a failing hub or a full disk makes of a download
             log.warning("%s: the download failed: %s", loaded.name, error)
+            if type(error).__name__ == "GatedRepoError":  # its description may be had by anybody
+                raise gated_model(loaded.name) from error
             raise APIError(404, f"The model {loaded.name!r} cannot be fetched.", "model_not_found", "model") from error
 
     def build(self, loaded: Loaded, checkpoint: Checkpoint) -> Engine:
@@ -2294,6 +2453,7 @@ class ModelPool:
                               self.config.max_running if self.config.continuous_batching else 1, paged=runner.paged)
         engine = Engine(model, runner, scheduler, self.thread, self.config)
         engine.grammars.prepare()
+        answer_form(model)  # for the first time it imports transformers' tables
         return engine
 
     async def make_room(self, checkpoint: Checkpoint) -> None:
@@ -2374,6 +2534,9 @@ def plain_content(message: dict[str, Any], where: str) -> str:
     return "".join(texts)
 
 
+MAX_PAST_CALLS = 10_000  # in a message
+
+
 class PastFunction(msgspec.Struct):
     name: str
     arguments: str | dict[str, Any] = ""
@@ -2387,7 +2550,7 @@ class PastCall(msgspec.Struct):
 def plain_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     """Return an assistant's calls as templates expect them, arguments an object. Raises APIError 400."""
     try:
-        read = msgspec.convert(calls, list[PastCall])
+        read = msgspec.convert(calls, Annotated[list[PastCall], Meta(max_length=MAX_PAST_CALLS)])
     except msgspec.ValidationError as error:
         raise APIError(400, f"tool_calls: {error}", "invalid_messages", where) from None
     return [{"id": call.id, "type": "function", "function": {
@@ -2738,8 +2901,96 @@ def divided(stream: TokenStream, seq: Sequence, found: Delta, reader: Reader | N
 # ── HTTP ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 # What every endpoint shares: the app, the error envelope, body decoding, server-sent events, limits.
 
-MAX_BODY_BYTES = 64 << 20
+MAX_VALUES = 1 << 20  # in a body: an empty object has two bytes and takes 64
+BODY_SECONDS = 300.0  # for a body to arrive
+PROMPT_SECONDS = 10.0  # to make token ids of what a client wrote
+PING_SECONDS = 10.0  # of silence in a stream
 LOOPBACK = re.compile(r"(localhost\.?|127\.\d+\.\d+\.\d+|\[?::1\]?)(:\d+)?", re.IGNORECASE)
+OPEN_PATHS = {"/", "/health"}  # need no key
+
+
+class Connection(hypercorn.trio.run.TCPServer):
+    """A connection of hypercorn's: what that raises at a client's bytes would end the server otherwise."""
+
+    async def run(self) -> None:
+        try:
+            await super().run()
+        except Exception as error:
+            log.warning("a connection failed: %r", error)
+
+
+async def answer_nonsense(protocol: hypercorn.protocol.h11.H11Protocol, status: int) -> None:
+    """Answer in the error envelope, as hypercorn does without one, that this is not HTTP or that its headers are too long."""
+    status = 400 if status == 501 else status  # of an unknown Transfer-Encoding
+    body = encode(error_body(APIError(status, "This cannot be read as HTTP, or its headers are too long.", "invalid_http")))
+    headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+    for event in (h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+        await protocol._send_h11_event(event)
+
+
+hypercorn.trio.run.TCPServer = Connection
+hypercorn.protocol.h11.H11Protocol._send_error_response = answer_nonsense
+
+
+class Exchange:
+    """A request and its answer, as far as they have come: keeps a stream alive, ends it in time, and says what to log."""
+
+    def __init__(self, scope: Any, receive: Any, send: Any, nursery: trio.Nursery) -> None:
+        self.scope, self.asgi_receive, self.asgi_send, self.nursery = scope, receive, send, nursery
+        given = next((value.decode("latin1") for name, value in scope["headers"] if name == b"x-request-id"), "")
+        self.id = given if 0 < len(given) <= 128 and given.isascii() and given.isprintable() else uuid.uuid4().hex
+        self.started = time.monotonic()
+        self.last_sent = 0.0
+        self.limit = trio.CancelScope()  # of a stream: until one begins, `App.dispatch_request` has its own
+        # The last message makes hypercorn report a disconnect, which would cancel this very send before it has closed.
+        self.closing = trio.CancelScope(shield=True)
+        self.status: int | None = None
+        self.ended = self.gone = False
+        self.streams: list[TokenStream] = []
+
+    async def receive(self) -> Any:
+        message = await self.asgi_receive()
+        if message["type"] == "http.disconnect":
+            self.gone = not self.ended
+            self.closing.deadline = trio.current_time() + 1  # over HTTP/2 it would wait for who has left
+        return message
+
+    async def send(self, message: Any) -> None:
+        """Pass on a message, the first with the request's id; a stream gets company."""
+        if message["type"] == "http.response.start":
+            self.status, headers = message["status"], message["headers"]
+            message = {**message, "headers": [*headers, (b"x-request-id", self.id.encode())]}
+            if any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in headers):
+                left = (app.settings.request_timeout or math.inf) - (time.monotonic() - self.started)
+                self.limit.deadline = trio.current_time() + left
+                self.nursery.start_soon(self.ping)
+        self.ended = not message.get("more_body", message["type"] == "http.response.start")
+        self.last_sent = trio.current_time()
+        with self.closing if self.ended else nullcontext():
+            await self.asgi_send(message)
+
+    async def ping(self) -> None:
+        """Send a comment whenever a stream has been silent for a while: proxies and clients give up on what is."""
+        while not self.ended:
+            if trio.current_time() >= self.last_sent + PING_SECONDS:
+                await self.send({"type": "http.response.body", "body": b": ping\n\n", "more_body": True})
+            await trio.sleep_until(self.last_sent + PING_SECONDS)
+
+    def fields(self) -> dict[str, Any]:
+        """Return what there is to log."""
+        found = {"id": self.id, "method": self.scope["method"], "path": self.scope["raw_path"].decode("latin1"),
+                 "status": self.status, "seconds": round(time.monotonic() - self.started, 4)}
+        if self.gone:
+            found["gone"] = True  # before the end
+        if answers := [seq for stream in self.streams for seq in stream.sequences]:
+            prompts = [seq for stream in self.streams for seq in stream.sequences[::stream.n]]
+            first = min((seq.first_token_at for seq in answers if seq.first_token_at), default=None)
+            found |= {"model": self.streams[0].engine.model.id, "prompt_tokens": sum(seq.num_prompt_tokens for seq in prompts),
+                      "cached_tokens": sum(seq.num_cached_tokens or 0 for seq in prompts),
+                      "completion_tokens": sum(seq.num_generated_tokens for seq in answers),
+                      "ttft": first and round(first - self.started, 4),
+                      "finish_reason": ",".join(sorted({seq.finish_reason or "abort" for seq in answers}))}
+        return found
 
 
 class App(QuartTrio):
@@ -2756,22 +3007,48 @@ class App(QuartTrio):
     active = 0  # requests being answered
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async def send_whole(message: Any) -> None:
-            # The last message makes hypercorn report a disconnect, which cancels this very send before it has closed.
-            with trio.CancelScope(shield=not message.get("more_body", True)):
-                await send(message)
+        if scope["type"] == "websocket":  # nobody is listening: this is a 403
+            await send({"type": "websocket.close"})
+        elif scope["type"] == "http":
+            await self.answer(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
 
-        self.active += scope["type"] == "http"
-        try:
-            await super().__call__(scope, receive, send_whole)
-        finally:
-            self.active -= scope["type"] == "http"
+    async def answer(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer one request."""
+        if not scope["path"].startswith("/"):  # a whole URL, or nothing at all, which Quart cannot read
+            scope = {**scope, "path": re.sub("^[^/]*//[^/]*", "", scope["path"]) or "/"}
+        async with trio.open_nursery() as nursery:
+            exchange = Exchange(scope, receive, send, nursery)
+            opened.set(exchange.streams)
+            self.active += 1
+            try:
+                with exchange.limit:
+                    await super().__call__(scope, exchange.receive, exchange.send)
+                if exchange.limit.cancelled_caught and not exchange.ended:
+                    body = b"data: " + encode(error_body(out_of_time())) + b"\n\n"
+                    await exchange.send({"type": "http.response.body", "body": body, "more_body": False})
+            finally:
+                self.active -= 1
+                nursery.cancel_scope.cancel()
+                level = logging.DEBUG if scope["path"] in ("/health", "/metrics") else logging.INFO  # these are probes
+                log.log(level, "request", extra={"fields": exchange.fields()})
+
+    async def dispatch_request(self, *arguments: Any) -> Any:
+        """Find the answer to a request, in time."""
+        with trio.move_on_after(self.settings.request_timeout or math.inf):
+            return await super().dispatch_request(*arguments)
+        raise out_of_time()
 
 
 app = App("serve", static_folder=None)
 app.url_map.merge_slashes = False  # or // is redirected, in HTML
-app.config.update(RESPONSE_TIMEOUT=None, BODY_TIMEOUT=None, MAX_CONTENT_LENGTH=MAX_BODY_BYTES)
+app.config.update(RESPONSE_TIMEOUT=None, BODY_TIMEOUT=BODY_SECONDS)
 encode = msgspec.json.Encoder().encode
+
+
+def out_of_time() -> APIError:
+    return APIError(400, f"The answer takes more than {app.settings.request_timeout:g} s.", "request_timeout")
 
 
 def json_response(body: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -2798,28 +3075,41 @@ def for_client(error: Exception, where: str) -> APIError:
 @app.errorhandler(Exception)
 async def any_error(error: Exception) -> Response:
     error = for_client(error, f"{request.method} {request.path!r}")
-    return json_response(error_body(error), error.status, {"Retry-After": "1"} if error.status in (429, 503) else None)
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
+    return json_response(error_body(error), error.status, headers.get(error.status))
 
 
 @app.errorhandler(HTTPException)
 async def http_error(error: HTTPException) -> Response:
     headers = {"Allow": ", ".join(sorted(error.valid_methods))} if getattr(error, "valid_methods", None) else None
-    body = error_body(APIError(error.code, error.description, error.name.lower().replace(" ", "_")))
-    return json_response(body, error.code, headers)
+    status = 400 if error.code == 408 else error.code  # the SDK would send the body again
+    return json_response(error_body(APIError(status, error.description, error.name.lower().replace(" ", "_"))), status, headers)
 
 
 @app.before_request
 async def gatekeeper() -> None:
-    """Turn away what must not reach an endpoint: requests during shutdown, and web pages that rebind a name to loopback."""
-    if LOOPBACK.fullmatch(app.settings.host) and not LOOPBACK.fullmatch(request.host):
-        raise APIError(403, "This server answers on loopback only: the Host header names another.", "forbidden_host")
+    """Turn away what must not reach an endpoint: web pages that rebind a name to loopback, who has no key, who comes late."""
+    hosts = app.settings.allowed_host
+    if (hosts or LOOPBACK.fullmatch(app.settings.host)) and not (
+            LOOPBACK.fullmatch(request.host) or without_port(request.host) in hosts):
+        raise APIError(403, "The Host header names another server: see --allowed-host.", "forbidden_host")
     origin = request.headers.get("Origin")  # a foreign web page may not even ask: it can, unread, in a plain POST
     if origin and not allows(origin) and origin.partition("://")[2] != request.host:
         raise APIError(403, "Web pages of this origin may not call this server: see --cors-origin.", "forbidden_origin")
+    preflight = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
+    if app.settings.api_key and not preflight and request.path not in OPEN_PATHS and not has_key():
+        raise APIError(401, "This server wants an API key, as Authorization: Bearer KEY or X-Api-Key: KEY.", "invalid_api_key")
     if app.draining:
         raise APIError(503, "The server is shutting down.", "shutting_down")
     if not app.models.started and request.path != "/health" and not request.path.startswith("/v1/models"):
         raise APIError(503, "The model is still loading.", "loading")
+
+
+def has_key() -> bool:
+    """Return whether the request has one of the keys, in a time that does not tell how much of one it has."""
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    given = [token.strip()] * (scheme.lower() == "bearer") + request.headers.getlist("X-Api-Key")
+    return any([hmac.compare_digest(one.encode(), key.encode()) for one in given for key in app.settings.api_key])
 
 
 def allows(origin: str) -> bool:
@@ -2829,10 +3119,7 @@ def allows(origin: str) -> bool:
 
 @app.after_request
 async def add_headers(response: Response) -> Response:
-    """Tell browsers which pages may read the answer, and echo the request's id."""
-    request_id = request.headers.get("X-Request-Id", "")
-    printable = 0 < len(request_id) <= 128 and request_id.isascii() and request_id.isprintable()
-    response.headers["X-Request-Id"] = request_id if printable else uuid.uuid4().hex
+    """Tell browsers which pages may read the answer."""
     origin = request.headers.get("Origin")
     if origin and allows(origin):
         response.headers["Access-Control-Allow-Origin"] = origin
@@ -2846,8 +3133,11 @@ async def read_body(kind: type) -> Any:
     """Return the JSON body as a struct. Raises APIError 400 with the offending field, 415 for another content type."""
     if request.mimetype and request.mimetype != "application/json" and not request.mimetype.endswith("+json"):
         raise APIError(415, f"Content-Type must be application/json, not {request.mimetype}.", "unsupported_media_type")
+    body = await request.get_data()
+    if len(body) > 4 * MAX_VALUES and sum(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise APIError(400, f"The body has more than {MAX_VALUES} values.", "invalid_value")
     try:
-        return msgspec.json.decode(await request.get_data(), type=kind)
+        return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         field = re.search(r"required field `(\w+)`", str(error)) or re.search(r"`\$\.?([^`]*)`$", str(error))
         raise APIError(400, str(error), "invalid_value", field and field[1].replace("[...]", "") or None) from None
@@ -2862,6 +3152,50 @@ def converted(value: Any, kind: Any, param: str) -> Any:
     except msgspec.ValidationError as error:
         where = re.search(r"`\$(.*)`$", str(error))
         raise APIError(400, f"{param}: {error}", "invalid_value", param + (where[1] if where else "")) from None
+
+
+async def read_prompt(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run what reads a prompt on a thread, which is told to stop if that takes too long or nobody waits any more.
+
+    It stops at its next step in Python, in a template's loop for one; no single step takes long. Raises APIError 400.
+    """
+    token, lock = trio.lowlevel.current_trio_token(), threading.Lock()
+    running: list[int] = []  # the thread, while it does this and nothing else
+    left = False
+
+    def start_clock() -> None:
+        limit.deadline = trio.current_time() + PROMPT_SECONDS
+
+    def work() -> Any:
+        token.run_sync_soon(start_clock)  # waiting for one of the threads does not count
+        with lock:
+            if left:
+                return None
+            running.append(threading.get_ident())
+        try:
+            return function(*arguments)
+        finally:
+            with lock:
+                running.clear()
+
+    with trio.CancelScope() as limit:
+        try:
+            return await trio.to_thread.run_sync(work, limiter=app.rendering, abandon_on_cancel=True)
+        finally:
+            with lock:
+                left = True
+                for ident in running:
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(TimeoutError))
+    raise APIError(400, f"It takes more than {PROMPT_SECONDS:g} s to read this prompt.", "prompt_too_complex")
+
+
+def takes(kind: type, media: str = "application/json") -> Callable[[Callable], Callable]:
+    """Note what an endpoint reads, for /openapi.json."""
+    def note(endpoint: Callable) -> Callable:
+        endpoint.takes = kind, media
+        return endpoint
+
+    return note
 
 
 def refuse(body: msgspec.Struct, refused: dict[str, tuple]) -> None:
@@ -2896,6 +3230,7 @@ def event_stream(events: AsyncIterator[dict[str, Any] | bytes], end: bytes = b"d
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Probability = Annotated[float, Meta(ge=0, le=1)]
 Count = Annotated[int, Meta(ge=0)]
+MAX_ENTRIES = 1024  # of stop, stop_token_ids and logit_bias
 
 
 class StreamOptions(msgspec.Struct):
@@ -2991,8 +3326,9 @@ def sampling_params(body: SamplingFields, model: Model, logprobs: int | None) ->
         temperature = (1.0 if defaults.temperature is None else defaults.temperature) if defaults.do_sample else 0.0
     stop = first_of(body.stop, defaults.stop_strings, [])
     stop = [stop] if isinstance(stop, str) else stop
-    if len(stop) > 1024:
-        raise APIError(400, "stop has more than 1024 strings.", "invalid_value", "stop")
+    if len(stop) > MAX_ENTRIES or sum(map(len, stop)) > 16 * MAX_ENTRIES:  # each token is compared with all of it
+        raise APIError(400, f"stop has more than {MAX_ENTRIES} strings, or {16 * MAX_ENTRIES} characters in all.",
+                       "invalid_value", "stop")
     if "" in stop:
         raise APIError(400, "stop must not contain an empty string.", "invalid_value", "stop")
     if body.min_tokens and body.max_tokens is not None and body.min_tokens > body.max_tokens:
@@ -3000,6 +3336,8 @@ def sampling_params(body: SamplingFields, model: Model, logprobs: int | None) ->
     if body.seed is not None and not -(2**63) <= body.seed < 2**64:
         raise APIError(400, "seed must have at most 64 bits.", "invalid_value", "seed")
     for name in ("logit_bias", "stop_token_ids"):
+        if len(getattr(body, name) or ()) > MAX_ENTRIES:  # each token goes through all of them
+            raise APIError(400, f"{name} has more than {MAX_ENTRIES} entries.", "invalid_value", name)
         if any(not 0 <= id < model.vocab_size for id in getattr(body, name) or ()):
             raise APIError(400, f"{name} has a token id outside the vocabulary of {model.vocab_size}.", "invalid_value", name)
     return SamplingParams(
@@ -3373,6 +3711,7 @@ class ChatRequest(ChatRefused, kw_only=True):
 
 
 @app.post("/v1/chat/completions")
+@takes(ChatRequest)
 async def chat_completions() -> Response:
     """Answer a conversation."""
     body = await read_body(ChatRequest)
@@ -3424,7 +3763,7 @@ async def converse(engine: Engine | AdaptedEngine, render: Callable[[], Prompt],
 
     `answer` is the field that says what the answer must look like, and its grammar. Raises APIError 400, 429.
     """
-    prompt = await trio.to_thread.run_sync(render, limiter=app.rendering)
+    prompt = await read_prompt(render)
     form = answer_form(engine.model)
     enforced = use.forced or (use.offered if answer else [])
     if answer or enforced:
@@ -3696,6 +4035,7 @@ class CompletionRequest(CompletionRefused, kw_only=True):
 
 
 @app.post("/v1/completions")
+@takes(CompletionRequest)
 async def completions() -> Response:
     """Continue texts."""
     body = await read_body(CompletionRequest)
@@ -3717,8 +4057,8 @@ async def completions() -> Response:
         if body.echo:
             raise APIError(400, "echo is not supported beside suffix.", "unsupported_parameter", "echo")
         texts = [with_suffix(engine.model, text, body.suffix) for text in texts]
-    read = functools.partial(read_prompts, engine.model, texts, body.add_special_tokens is not False)
-    stream = engine.submit(await trio.to_thread.run_sync(read, limiter=app.rendering), sampling, body.n or 1)
+    prompts = await read_prompt(read_prompts, engine.model, texts, body.add_special_tokens is not False)
+    stream = engine.submit(prompts, sampling, body.n or 1)
     chunks = completion_chunks(stream, texts if body.echo else [], body.include_usage)
     return event_stream(chunks) if body.stream else json_response(await fold_completion(chunks))
 
@@ -3859,6 +4199,7 @@ class DetokenizeRequest(msgspec.Struct):
 
 
 @app.post("/tokenize")
+@takes(TokenizeRequest)
 async def tokenize_text() -> Response:
     """Answer with the token ids of a text, of more than fits a prompt too."""
     body = await read_body(TokenizeRequest)
@@ -3868,11 +4209,12 @@ async def tokenize_text() -> Response:
     refuse(body, {"messages": (), "return_token_strs": (False,)})
     engine = await app.models.get(body.model)
     read = functools.partial(engine.model.tokenizer, body.prompt, add_special_tokens=body.add_special_tokens is not False)
-    ids = (await trio.to_thread.run_sync(read, limiter=app.rendering))["input_ids"]
+    ids = (await read_prompt(read))["input_ids"]
     return json_response({"tokens": ids, "count": len(ids), "max_model_len": engine.max_len})
 
 
 @app.post("/detokenize")
+@takes(DetokenizeRequest)
 async def detokenize() -> Response:
     """Answer with the text of token ids, special ones included."""
     body = await read_body(DetokenizeRequest)
@@ -3883,7 +4225,7 @@ async def detokenize() -> Response:
     if max(body.tokens, default=0) >= model.vocab_size:
         raise APIError(400, f"tokens has a token id outside the vocabulary of {model.vocab_size}.", "invalid_value", "tokens")
     read = functools.partial(model.tokenizer.decode, body.tokens, clean_up_tokenization_spaces=False)
-    return json_response({"prompt": await trio.to_thread.run_sync(read, limiter=app.rendering)})
+    return json_response({"prompt": await read_prompt(read)})
 
 
 @app.get("/tokenizer_info")
@@ -4053,6 +4395,7 @@ class ResponseStore:
 
 
 @app.post("/v1/responses")
+@takes(ResponseRequest)
 async def create_response() -> Response:
     """Answer a conversation, of whose beginning the id of an earlier response may be all that is sent."""
     body = await read_body(ResponseRequest)
@@ -4481,7 +4824,7 @@ async def response_usage(streams: list[TokenStream], output_tokens: int, output:
     """Return the token counts of a response's turns; those of its reasoning are of the text that it has."""
     model, prompts = streams[0].engine.model, usage(streams, output_tokens)
     thoughts = "".join(item["content"][0]["text"] for item in output if item["type"] == "reasoning")
-    reasoning = await trio.to_thread.run_sync(tokenize, model, thoughts, False, limiter=app.rendering) if thoughts else []
+    reasoning = await read_prompt(tokenize, model, thoughts, False) if thoughts else []
     return {"input_tokens": prompts["prompt_tokens"], "output_tokens": output_tokens, "total_tokens": prompts["total_tokens"],
             "input_tokens_details": {**prompts["prompt_tokens_details"], "cache_write_tokens": 0},
             "output_tokens_details": {"reasoning_tokens": min(len(reasoning), output_tokens)}}
@@ -4603,8 +4946,8 @@ async def list_input_items(id: str) -> Response:
                           "last_id": page[-1]["id"] if page else None, "has_more": start + len(page) < len(items)})
 
 
-# ── Models and health ─────────────────────────────────────────────────────────────────────────────────────────────────
-# GET /health, GET /v1/models, POST /load_model, POST /reset: what is loaded, and loading it.
+# ── Models, health, metrics ───────────────────────────────────────────────────────────────────────────────────────────
+# GET /health, /metrics, /v1/models, /openapi.json, /docs, POST /load_model, /reset: what there is, how it is, and loading it.
 
 
 def model_entry(name: str, adapter: str | None = None) -> dict[str, Any]:
@@ -4619,6 +4962,7 @@ def model_entry(name: str, adapter: str | None = None) -> dict[str, Any]:
 
 @app.get("/health")
 async def health() -> Response:
+    """Say whether the models of the command line are loaded."""
     return json_response({"status": "ok"} if app.models.started else {"status": "loading"}, 200 if app.models.started else 503)
 
 
@@ -4631,6 +4975,7 @@ async def list_models() -> Response:
 
 @app.get("/v1/models/<path:model_id>")
 async def retrieve_model(model_id: str) -> Response:
+    """Describe one model."""
     name = app.models.resolve(model_id)
     if (adapter := app.models.adapters.get(model_id)) is not None:
         return json_response(model_entry(name, adapter))
@@ -4644,6 +4989,7 @@ class LoadRequest(msgspec.Struct):
 
 
 @app.post("/load_model")
+@takes(LoadRequest)
 async def load_model_stream() -> Response:
     """Load a model, telling how it goes, as `transformers chat` asks before it chats."""
     body = await read_body(LoadRequest)
@@ -4660,6 +5006,83 @@ async def load_model_stream() -> Response:
         yield {**end, "model": body.model}
 
     return event_stream(events(), end=b"")
+
+
+METRICS: dict[str, Callable[[Engine], Any]] = {  # besides the fields of `Metrics`; the names are vLLM's
+    "num_requests_running": lambda engine: len(engine.scheduler.running),
+    "num_requests_waiting": lambda engine: len(engine.scheduler.waiting),
+    "kv_cache_usage_perc": lambda engine: 1 - len(engine.scheduler.pool.free) / (engine.scheduler.pool.num_blocks - 1),
+    "prefix_cache_queries_total": lambda engine: engine.metrics.prompt_tokens,  # each is looked for
+    "num_preemptions_total": lambda engine: engine.scheduler.num_preemptions,
+    "time_per_output_token_seconds": lambda engine: engine.metrics.inter_token_latency_seconds,  # its older name
+} | {f.name + ("" if f.type == "Histogram" else "_total"): lambda engine, name=f.name: getattr(engine.metrics, name)
+     for f in fields(Metrics)}
+
+
+@app.get("/metrics")
+async def metrics() -> Response:
+    """Say what the engines do and have done, as Prometheus reads it."""
+    engines = [(app.models.public_id(name), loaded.engine) for name, loaded in app.models.loaded.items() if loaded.engine]
+    lines = []
+    for name, read in METRICS.items():
+        kind = "histogram" if name.endswith("_seconds") else "counter" if name.endswith("_total") else "gauge"
+        lines.append(f"# TYPE vllm:{name} {kind}")
+        for id, engine in engines:
+            label = "model_name=" + json.dumps(id, ensure_ascii=False)
+            lines += [f"vllm:{sample}" for sample in samples(name, label, read(engine))]
+    return Response("\n".join(lines) + "\n", content_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def samples(name: str, label: str, value: int | float | Counter[str] | Histogram) -> list[str]:
+    """Return the lines of one metric of one model."""
+    if isinstance(value, Histogram):
+        totals = list(itertools.accumulate(value.counts))
+        buckets = [f'{name}_bucket{{{label},le="{bound}"}} {total}' for bound, total in zip([*SECONDS, "+Inf"], totals)]
+        return [*buckets, f"{name}_sum{{{label}}} {value.sum}", f"{name}_count{{{label}}} {totals[-1]}"]
+    if isinstance(value, Counter):
+        return [f'{name}{{{label},finished_reason="{reason}"}} {count}' for reason, count in value.items()]
+    return [f"{name}{{{label}}} {value}"]
+
+
+def description() -> dict[str, Any]:
+    """Return the OpenAPI description of every endpoint; fields that are known but refused have no type, and are left out."""
+    views = [(rule, app.view_functions[rule.endpoint]) for rule in app.url_map.iter_rules()]
+    kinds = list(dict.fromkeys(view.takes[0] for _, view in views if hasattr(view, "takes")))
+    found, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+    for schema in components.values():
+        shapes = schema.get("properties", {}).items()
+        schema["properties"] = {name: shape for name, shape in shapes if shape.keys() - {"default"}}
+    error = {"description": "an error", "content": {"application/json": {"schema": {"type": "object", "required": ["error"]}}}}
+    paths: dict[str, Any] = {}
+    for rule, view in views:
+        about = {"summary": view.__doc__.split("\n")[0], "responses": {"200": {"description": "the answer"}, "default": error},
+                 "parameters": [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+                                for name in sorted(rule.arguments)]}
+        if kind := getattr(view, "takes", None):
+            about["requestBody"] = {"required": True, "content": {kind[1]: {"schema": found[kinds.index(kind[0])]}}}
+        methods = {method.lower(): about for method in rule.methods - {"HEAD", "OPTIONS"}}
+        paths.setdefault(re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule), {}).update(methods)
+    return {"openapi": "3.1.0", "info": {"title": "serve.py", "version": "1"}, "paths": paths,
+            "components": {"schemas": components}}
+
+
+@app.get("/openapi.json")
+async def openapi() -> Response:
+    """Describe every endpoint to programs."""
+    return json_response(description())
+
+
+@app.get("/docs")
+async def docs() -> Response:
+    """Describe every endpoint to people."""
+    found, parts = description(), ["<!DOCTYPE html><meta charset=utf-8><title>serve.py</title><h1>serve.py</h1>"]
+    for path, methods in sorted(found["paths"].items()):
+        for method, about in methods.items():
+            text = about["summary"] + " " + json.dumps(about.get("requestBody", {}).get("content", ""))
+            parts.append(f"<h2>{method.upper()} {html.escape(path)}</h2><p>{html.escape(text)}</p>")
+    parts.append(f"<pre>{html.escape(json.dumps(found['components']['schemas'], indent=1))}</pre>")
+    return Response("\n".join(parts), content_type="text/html; charset=utf-8",
+                    headers={"Content-Security-Policy": "default-src 'none'"})
 
 
 @app.post("/reset")
@@ -4681,9 +5104,11 @@ async def serve(config: Config, listener: socket.socket, stop: trio.Event) -> in
     """Serve until `stop` is set; return the exit code."""
     http = hypercorn.config.Config()
     http.bind = [f"fd://{listener.fileno()}"]
+    http.certfile, http.keyfile = config.certfile, config.keyfile
     http.errorlog = None
     http.graceful_timeout = 1.0
     app.settings, app.draining, app.live = config, False, {}
+    app.config["MAX_CONTENT_LENGTH"] = int(config.max_body_size)
     code = 0
     async with trio.open_nursery() as nursery:
         app.models = ModelPool(config, nursery)
@@ -4691,9 +5116,10 @@ async def serve(config: Config, listener: socket.socket, stop: trio.Event) -> in
         app.remote_servers = {}
         for server in app.tool_servers.values():
             nursery.start_soon(server.run)
+        nursery.start_soon(end_if_crashed, stop)
         await nursery.start(functools.partial(hypercorn.trio.serve, app, http, shutdown_trigger=stop.wait))
         host, port = listener.getsockname()[:2]
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        url = f"{'https' if config.certfile else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
         log.info("listening on %s", url)
         nursery.start_soon(app.models.expire)
         try:
@@ -4725,6 +5151,34 @@ async def cancel_after(wait: Callable[[], Any], scope: trio.CancelScope) -> None
     scope.cancel()
 
 
+def end(code: int) -> None:
+    """End the process at once, and those that it has started: a download, a compiler, a server of tools."""
+    children = psutil.Process().children(recursive=True)
+    for child in children:
+        with suppress(psutil.NoSuchProcess):
+            child.terminate()
+    for child in psutil.wait_procs(children, 0.5)[1]:
+        child.kill()
+    logging.shutdown()
+    os._exit(code)  # a thread amid a load would be torn down with the interpreter, and abort the process
+
+
+async def end_if_crashed(stop: trio.Event) -> None:
+    """See to it that the process ends when an engine crashes, with whatever is cancelled then."""
+    try:
+        await stop.wait()
+    finally:
+        if not stop.is_set():
+            end_soon(1)
+
+
+def end_soon(code: int) -> None:
+    """End the process within 3 s: hypercorn's send to a client that does not read cannot be cancelled."""
+    last_resort = threading.Timer(3, end, (code,))
+    last_resort.daemon = True
+    last_resort.start()
+
+
 async def drain_on_signal(grace_period: float, stop: trio.Event) -> None:
     """At the first SIGINT or SIGTERM refuse new requests and wait for the running ones; at the second do not wait."""
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
@@ -4740,26 +5194,32 @@ async def drain_on_signal(grace_period: float, stop: trio.Event) -> None:
             if app.active:
                 log.warning("%d requests were cut off", app.active)
             stop.set()
-            last_resort = threading.Timer(3, end, (0,))  # hypercorn's send to a client that does not read
-            last_resort.daemon = True
-            last_resort.start()
+            end_soon(0)
 
 
-def end(code: int) -> None:
-    """End the process at once, and those that it has started: a download, a compiler, a server of tools."""
-    children = psutil.Process().children(recursive=True)
-    for child in children:
-        with suppress(psutil.NoSuchProcess):
-            child.terminate()
-    for child in psutil.wait_procs(children, 0.5)[1]:
-        child.kill()
-    logging.shutdown()
-    os._exit(code)  # a thread amid a load would be torn down with the interpreter, and abort the process
+class LogFormatter(logging.Formatter):
+    """Makes one line of a record, or one JSON object, so that what a client wrote cannot look like another record."""
+
+    def __init__(self, as_json: bool) -> None:
+        super().__init__(datefmt="%Y-%m-%dT%H:%M:%S%z" if as_json else "%H:%M:%S")
+        self.as_json = as_json
+
+    def format(self, record: logging.LogRecord) -> str:
+        at, message, found = self.formatTime(record, self.datefmt), record.getMessage(), getattr(record, "fields", {})
+        trace = self.formatException(record.exc_info) if record.exc_info else ""
+        if self.as_json:
+            line = {"time": at, "level": record.levelname.lower(), "message": message, **found}
+            return json.dumps(line | ({"trace": trace} if trace else {}))
+        for name, value in found.items():
+            message += f" {name}={value if re.fullmatch('[!-~]+', str(value)) else json.dumps(value)}"
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+        return f"{record.levelname[0]} {at} {line}" + "".join("\n  | " + part for part in trace.splitlines())
 
 
 def main(argv: list[str]) -> int:
     config = parse_command_line(argv)
-    logging.basicConfig(format="%(levelname).1s %(asctime)s %(message)s", datefmt="%H:%M:%S", level=config.log_level.upper())
+    logging.basicConfig(level=config.log_level.upper())
+    logging.getLogger().handlers[0].setFormatter(LogFormatter(config.log_format == "json"))
     if config.log_level != "debug":
         transformers.utils.logging.set_verbosity_error()
     for noisy in ("httpx", "httpx2", "hypercorn.error", "filelock", "urllib3", "mcp"):
@@ -4770,7 +5230,11 @@ def main(argv: list[str]) -> int:
     except (OSError, OverflowError) as error:
         print(f"serve.py: cannot listen on {config.host}:{config.port}: {error}", file=sys.stderr)
         return 2
-    return trio.run(serve_until_signal, config, listener)
+    try:
+        return trio.run(serve_until_signal, config, listener)
+    except Exception:  # an engine cannot go on: whoever supervises the process starts another
+        log.critical("the server has crashed", exc_info=True)
+        return 1
 
 
 if __name__ == "__main__":

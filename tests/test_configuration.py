@@ -23,8 +23,11 @@ VALUES = {
     "max_batch_tokens": ("99", 99), "max_running": ("3", 3), "max_queue": ("4", 4), "threads": ("2", 2),
     "default_seed": ("-5", -5), "host": ("0.0.0.0", "0.0.0.0"), "port": ("0", 0),
     "cors_origin": ("https://a_b.example", ("https://a_b.example",)),
+    "grace_period": ("0.5", 0.5), "log_level": ("debug", "debug"), "log_format": ("json", "json"),
+    "api_key": ("k-1", ("k-1",)), "allowed_host": ("Proxy.Example", ("proxy.example",)), "max_body_size": ("1MiB", 1024.0**2),
+    "request_timeout": ("2.5", 2.5),
     "mcp_timeout": ("2.5", 2.5), "mcp_max_result": ("100", 100),
-    "response_store": ("a_b.db", "a_b.db"), "grace_period": ("0.5", 0.5), "log_level": ("debug", "debug"),
+    "response_store": ("a_b.db", "a_b.db"),
 }
 ALIASES = {
     "--torch-dtype": "dtype", "--cb-block-size": "block_size", "--cb-max-memory-percent": "kv_cache_memory",
@@ -45,7 +48,8 @@ def refusal(capsys: pytest.CaptureFixture, *argv: str) -> str:
 
 def test_every_setting_is_in_a_table() -> None:
     new = FIELDS.keys() - VALUES.keys() - set(SWITCHES) - {"models"}
-    new -= {"adapter", "mcp_config", "mcp_auto"}  # they are in test_adapters.py and test_mcp_tools.py
+    # these are in test_adapters.py, test_mcp_tools.py and test_main.py
+    new -= {"adapter", "mcp_config", "mcp_auto", "api_key_file", "certfile", "keyfile"}
     assert not new, f"add a value for each of {new}"
 
 

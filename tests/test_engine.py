@@ -25,7 +25,7 @@ class TokenCacheRunner:
     paged, block_size, vocab = True, 4, 50
 
     def __init__(self, max_model_len: int = 40) -> None:
-        self.model = types.SimpleNamespace(max_model_len=max_model_len, vocab_size=1000)
+        self.model = types.SimpleNamespace(id="fake", max_model_len=max_model_len, vocab_size=1000)
         self.cache: dict[int, int] = {}  # slot → token
 
     def forward(self, batch: serve.Batch) -> torch.Tensor:
@@ -259,8 +259,8 @@ async def test_a_cancelled_request_leaves() -> None:
         nursery.cancel_scope.cancel()
 
 
-async def test_a_stream_that_nobody_enters_holds_nothing() -> None:
-    engine = make_engine(max_queue=2)
+async def test_a_stream_that_nobody_enters_holds_no_block() -> None:
+    engine = make_engine(max_queue=5)
     streams = [engine.submit([serve.Prompt([1])], Params()) for _ in range(5)]
     await engine.step()
     assert_all_free(engine)
@@ -425,17 +425,20 @@ async def test_a_full_queue() -> None:
         engine.submit([serve.Prompt([1])], Params())
 
 
-async def test_a_crowd_that_enters_at_once_stays_within_the_queue() -> None:
+async def test_who_was_let_in_has_a_place_in_the_queue() -> None:
+    """However long it takes to enter; who never does gives it back."""
     engine = make_engine(max_running=1, max_queue=2)
-    streams = [engine.submit([serve.Prompt([1])], Params()) for _ in range(5)]
-    refused = 0
-    for stream in streams:
-        try:
-            await stream.__aenter__()
-        except serve.APIError as error:
-            assert error.status == 429
-            refused += 1
-    assert len(engine.scheduler.waiting) <= 2 and refused == 3
+    streams = [engine.submit([serve.Prompt([1])], Params()) for _ in range(2)]
+    for _ in range(3):
+        with pytest.raises(serve.APIError, match="try again"):
+            engine.submit([serve.Prompt([1])], Params())
+    async with streams.pop():
+        with pytest.raises(serve.APIError, match="try again"):
+            engine.submit([serve.Prompt([1])], Params())
+        streams.clear()
+        gc.collect()
+        async with engine.submit([serve.Prompt([1])], Params()):
+            assert len(engine.scheduler.waiting) == 2
 
 
 async def test_a_dropped_engine_takes_nobody() -> None:
@@ -493,6 +496,78 @@ async def test_a_crash_of_the_model_ends_the_engine() -> None:
             nursery.start_soon(engine.run)
             await collect(engine.submit([serve.Prompt([1])], Params()))
     assert crash.group_contains(ZeroDivisionError)
+
+
+def failing(engine: serve.Engine, fails: Callable[[serve.Batch], Exception | None]) -> None:
+    """Let the forward pass of some batches fail, before it has written anything or after."""
+    forward = engine.runner.forward
+
+    def partly(batch: serve.Batch) -> torch.Tensor:
+        if isinstance(error := fails(batch), MemoryError):
+            forward(batch)
+        if error:
+            raise error
+        return forward(batch)
+
+    engine.runner.forward = partly
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), MemoryError("and it wrote before")], ids=repr)
+@pytest.mark.parametrize("when", [1, 3])
+async def test_who_makes_a_step_fail_fails_alone(error: Exception, when: int) -> None:
+    """Those that were to share what it did not compute included; and nobody finds its blocks in the prefix cache."""
+    async with running(TokenCacheRunner(), 64, max_running=8) as engine:
+        failing(engine, lambda batch: next((error for seq in batch if 13 in seq.token_ids[:1]
+                                            and seq.num_generated_tokens + 1 >= when), None))
+        bad = list(range(13, 26))
+        prompts = [[1, 2, 3], bad, [*bad, 1], [4, 5], [7, 8]] if when > 1 else [[1, 2, 3], bad, [4, 5], [7, 8]]
+        stream = engine.submit([serve.Prompt(ids) for ids in prompts], Params(max_tokens=6))
+        answers = await collect(stream)
+        for prompt, answer, seq in zip(prompts, answers, stream.sequences):
+            if prompt[0] != 13:
+                assert [token.id for token in answer] == follow(prompt, 6) and seq.error is None
+            else:
+                assert len(answer) == when - 1 and seq.error.status == (400 if isinstance(error, MemoryError) else 500)
+        del engine.runner.forward
+        for prompt in prompts:
+            assert [token.id for token in (await collect(engine.submit([serve.Prompt(prompt)], Params(max_tokens=6))))[0]] == (
+                follow(prompt, 6))
+
+
+async def test_who_shares_what_was_not_computed_is_computed_again() -> None:
+    async with running(TokenCacheRunner(), 64, max_running=8) as engine:
+        common = list(range(1, 13))
+        failing(engine, lambda batch: ZeroDivisionError() if any(seq.token_ids[-1] == 40 for seq in batch) else None)
+        prompts = [[*common, 40], [*common, 30], [*common, 31]]
+        stream = engine.submit([serve.Prompt(ids) for ids in prompts], Params(max_tokens=5))
+        answers = [[token.id for token in answer] for answer in await collect(stream)]
+        assert [seq.error is not None for seq in stream.sequences] == [True, False, False]
+        assert answers[1:] == [follow(prompt, 5) for prompt in prompts[1:]]
+        assert engine.metrics.request_success == {"error": 1, "length": 2}
+
+
+async def test_a_batch_that_does_not_fit_in_memory_is_computed_in_parts() -> None:
+    async with running(TokenCacheRunner(), 64, max_running=8) as engine:
+        failing(engine, lambda batch: MemoryError() if len(batch) > 2 else None)
+        stream = engine.submit([serve.Prompt([id]) for id in range(7)], Params(max_tokens=4))
+        assert [[token.id for token in answer] for answer in await collect(stream)] == [follow([id], 4) for id in range(7)]
+
+
+async def test_what_is_counted() -> None:
+    async with running(TokenCacheRunner(), 64, max_running=2) as engine:
+        prompt = serve.Prompt(list(range(12)))
+        for _ in range(2):
+            await collect(engine.submit([prompt], Params(max_tokens=3)))
+        async with engine.submit([prompt], Params(max_tokens=20), n=3) as stream:
+            await anext(stream)
+        found = engine.metrics
+        assert found.request_success == {"length": 2, "abort": 3}
+        assert found.prompt_tokens in (36, 48)
+        assert found.prefix_cache_hits in (16, 24) and found.generation_tokens >= 7
+        assert sum(found.e2e_request_latency_seconds.counts) == 2
+        firsts, others = found.time_to_first_token_seconds, found.inter_token_latency_seconds
+        assert sum(firsts.counts) + sum(others.counts) == found.generation_tokens
+        assert sum(found.request_queue_time_seconds.counts) == found.prompt_tokens // 12
 
 
 # Text.

@@ -1,12 +1,16 @@
 """What every endpoint shares: the error envelope for all that can be wrong, limits, headers, and clients that leave."""
 import contextlib
+import dataclasses
 import json
+import logging
 import socket
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx2 as httpx
+import openai
 import pytest
 import serve
 from conftest import QUESTION, LocalServer, ask, http
@@ -351,3 +355,151 @@ def test_a_bug_of_ours_is_a_500_that_tells_nothing(server: LocalServer, monkeypa
     monkeypatch.undo()
     assert ask(server, max_tokens=1).status_code == 200
     server.assert_idle()
+
+
+# Keys, names, time.
+
+
+@pytest.fixture
+def settings(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Change settings that are read at each request."""
+    def change(**values: object) -> None:
+        monkeypatch.setattr(serve.app, "settings", dataclasses.replace(serve.app.settings, **values))
+
+    return change
+
+
+@pytest.mark.parametrize("headers, allowed", [
+    ({}, False), ({"Authorization": "Bearer key-one"}, True), ({"Authorization": "bearer  key-two"}, True),
+    ({"X-Api-Key": "key-two"}, True), ({"Authorization": "Bearer none", "X-Api-Key": "key-one"}, True),
+    ({"Authorization": "Bearer"}, False), ({"Authorization": "Bearer key-on"}, False),
+    ({"Authorization": "Bearer key-one-"}, False), ({"Authorization": "Basic key-one"}, False), ({"X-Api-Key": ""}, False),
+    ({"Authorization": "key-one"}, False), ({"X-Api-Key": "KEY-ONE"}, False), ({"X-Api-Key": "é".encode()}, False),
+    ({"Authorization": "Bearer key-one key-two"}, False)], ids=str)
+def test_every_path_needs_a_key_but_those_that_are_open(server: LocalServer, settings: Callable, headers: dict,
+                                                       allowed: bool) -> None:
+    settings(api_key=("key-one", "key-two"))
+    known = {(method, rule.rule.replace("<path:model_id>", "x")) for rule in serve.app.url_map.iter_rules()
+             for method in rule.methods}
+    for method, path in sorted(known | {("GET", "/v1/nothing"), ("GET", "/health/x"), ("POST", "/health/")}):
+        if method in ("HEAD", "OPTIONS") and path == "/health" or path == "/reset":
+            continue
+        response = http.request(method, server.url + path, headers=headers)
+        assert (response.status_code == 401) == (not allowed and path not in ("/health", "/")), (method, path, response.text)
+        if response.status_code == 401:
+            assert response.headers["www-authenticate"] == "Bearer"
+            assert method == "HEAD" or error_of(response)["code"] == "invalid_api_key" and "key-" not in response.text
+
+
+def test_preflights_need_no_key(server: LocalServer, settings: Callable) -> None:
+    settings(api_key=("key",), cors_origin=("https://page.example",))
+    headers = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST",
+               "Access-Control-Request-Headers": "authorization"}
+    response = http.request("OPTIONS", server.url + CHAT, headers=headers)
+    assert response.status_code == 200 and response.headers["access-control-allow-headers"] == "authorization"
+    response = http.post(server.url + CHAT, json={}, headers={"Origin": "https://page.example"})
+    assert response.status_code == 401 and response.headers["access-control-allow-origin"] == "https://page.example"
+
+
+@pytest.mark.parametrize("host, status", [("proxy.example", 200), ("PROXY.example:443", 200), ("localhost", 200), ("", 403),
+                                          ("other.example", 403), ("proxy.example.other.example", 403), ("[::5]:81", 200)])
+@pytest.mark.parametrize("bound", ["127.0.0.1", "0.0.0.0"])
+def test_names_that_are_allowed(server: LocalServer, settings: Callable, bound: str, host: str, status: int) -> None:
+    settings(host=bound, allowed_host=("proxy.example", "[::5]"))
+    assert http.get(server.url + "/v1/models", headers={"Host": host}).status_code == status
+    settings(host=bound, allowed_host=())
+    other = http.get(server.url + "/v1/models", headers={"Host": "any.example"})
+    assert other.status_code == (200 if bound == "0.0.0.0" else 403)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("queued", [False, True])
+def test_a_request_that_takes_too_long(server: LocalServer, settings: Callable, monkeypatch: pytest.MonkeyPatch, queued: bool,
+                                       stream: bool) -> None:
+    with full_batch(server, monkeypatch) if queued else contextlib.nullcontext():
+        settings(request_timeout=0.5)
+        started = time.monotonic()
+        response = ask(server, **{**STORY, "stream": stream})
+        assert 0.4 < time.monotonic() - started < 3
+    if stream:
+        assert response.status_code == 200
+        *_, event, rest = response.text.split("\n\n")
+        assert rest == ""
+        response = httpx.Response(400, text=event.removeprefix("data: "), headers={"Content-Type": "application/json"})
+    assert response.status_code == 400 and error_of(response)["code"] == "request_timeout"
+    server.assert_idle()
+    settings(request_timeout=60.0)
+    assert ask(server, max_tokens=8, stream=stream).status_code == 200
+
+
+def test_a_body_that_does_not_come_in_time(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(serve.app.config, "BODY_TIMEOUT", 0.2)
+    with connect(server) as connection:
+        connection.sendall(request_bytes(extra="Connection: close\r\n")[:-10])
+        received = read_all(connection)
+    assert received.startswith(b"HTTP/1.1 400 ") and b"request_timeout" in received
+
+
+def test_a_body_over_a_limit_of_ones_own(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(serve.app.config, "MAX_CONTENT_LENGTH", 1000)
+    response = ask(server, messages=[{"role": "user", "content": "a" * 1000}])
+    assert response.status_code == 413 and error_of(response)["code"] == "request_entity_too_large"
+
+
+def test_a_stream_that_is_silent_is_kept_alive(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With comments, each a write of its own, while it is queued and between events; never once it has ended."""
+    monkeypatch.setattr(serve, "PING_SECONDS", 0.2)
+    with full_batch(server, monkeypatch), connect(server) as connection:
+        connection.sendall(request_bytes(max_tokens=8, stream=True, extra="Connection: close\r\n"))
+        time.sleep(0.9)
+        server.engine.scheduler.max_running = 2
+        received = read_all(connection)
+    assert 3 <= received.count(b": ping") <= 6 and received.count(b": ping") == received.count(b"8\r\n: ping\n\n\r\n")
+    assert received.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="none") as client:
+        monkeypatch.setattr(serve, "PING_SECONDS", 0.001)
+        chunks = client.chat.completions.create(model="", messages=QUESTION, max_tokens=8, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "The capital of France is Paris."
+    server.assert_idle()
+
+
+@pytest.mark.parametrize("client_leaves", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_is_a_line_of_the_log(server: LocalServer, caplog: pytest.LogCaptureFixture, stream: bool,
+                                        client_leaves: bool) -> None:
+    def lines() -> list[dict]:
+        fields = [getattr(record, "fields", {}) for record in caplog.records]
+        return [line for line in fields if line.get("id") == "mine"]
+
+    with caplog.at_level("INFO", "serve"):
+        if client_leaves:
+            with asking(server, extra="X-Request-Id: mine\r\n", stream=stream):
+                wait_until(lambda: server.engine.scheduler.running)
+        else:
+            http.post(server.url + CHAT, json={"messages": QUESTION, "max_tokens": 2, "n": 2, "stream": stream},
+                      headers={"X-Request-Id": "mine"})
+        wait_until(lines)
+    [found] = lines()
+    assert found.items() >= {"method": "POST", "path": CHAT, "model": "SmolLM2-135M-Instruct", "prompt_tokens": 37}.items() or (
+        client_leaves and found["prompt_tokens"] > 30)
+    if client_leaves:
+        assert found["gone"] and found["finish_reason"] == "abort" and found["status"] == (200 if stream else None)
+    else:
+        assert found["status"] == 200 and found["completion_tokens"] == 4 and "gone" not in found
+        assert found["finish_reason"] == "length" and 0 < found["ttft"] <= found["seconds"] < 20
+    server.assert_idle()
+
+
+def test_what_a_client_wrote_is_escaped_in_the_log() -> None:
+    record = logging.LogRecord("serve", logging.WARNING, "", 0, "%s", ("a\nE 00:00:00 b\x1b[31m\u202e\x85é",), None)
+    record.fields = {"id": "x status=200", "path": "/a\r\nb", "ttft": None}
+    text, shown = serve.LogFormatter(False).format(record), json.loads(serve.LogFormatter(True).format(record))
+    assert text.isprintable() and "é" in text and 'id="x status=200"' in text and text.startswith("W ")
+    assert shown["id"] == "x status=200" and shown["level"] == "warning" and "\n" in shown["message"]
+    try:
+        raise ValueError("a\nI 00:00:00 request")
+    except ValueError:
+        record.exc_info = sys.exc_info()
+    first, *rest = serve.LogFormatter(False).format(record).splitlines()
+    assert rest and all(line.startswith("  | ") for line in rest)
+    assert "ValueError" in json.loads(serve.LogFormatter(True).format(record))["trace"]

@@ -5,13 +5,16 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2 as httpx
 import pytest
 import serve
-from conftest import QUESTION, ServerProcess, ask, http, start_server
+import trustme
+from conftest import QUESTION, ROOT, ServerProcess, ask, http, start_server
 
 CHAT = "/v1/chat/completions"
 
@@ -133,12 +136,91 @@ def test_a_corrupt_checkpoint_ends_it_in_one_line(tiny: Path, tmp_path: Path) ->
         assert len(errors) == 1 and "corrupt" in errors[0], errors
 
 
+def test_https_keys_and_a_log_in_json(tiny: Path, tmp_path: Path) -> None:
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    certificate.private_key_and_cert_chain_pem.write_to_path(tmp_path / "server.pem")
+    (tmp_path / "keys").write_text("from-a-file\n\n  another \n")
+    with start_server(tmp_path, str(tiny), "--certfile", str(tmp_path / "server.pem"), "--api-key-file", str(tmp_path / "keys"),
+                      "--log-format", "json", "--api-key", "of-the-line", env={"SERVE_API_KEY": "of-the-environment"},
+                      ready=False) as server:
+        assert server.url.startswith("https://")
+        trust = ssl.create_default_context()
+        authority.configure_trust(trust)
+        with httpx.Client(base_url=server.url, verify=trust, timeout=30) as client:
+            while client.get("/health").status_code != 200:
+                time.sleep(0.05)
+            for key in ("from-a-file", "another", "of-the-line", "of-the-environment"):
+                answer = client.post(CHAT, json={"messages": QUESTION, "max_tokens": 2}, headers={
+                    "Authorization": f"Bearer {key}", "X-Request-Id": f"<{key}>"})
+                assert answer.status_code == 200 and answer.headers["x-request-id"] == f"<{key}>"
+            assert client.get("/v1/models").status_code == client.get("/metrics").status_code == 401
+        host, port = server.url.removeprefix("https://").split(":")
+        for nonsense in (b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x00\x05hello", b""):
+            with socket.create_connection((host, int(port)), timeout=20) as connection:
+                connection.sendall(nonsense)
+                connection.shutdown(socket.SHUT_WR)
+                while connection.recv(1 << 16):
+                    pass
+        assert server.stop() == 0
+    lines = [json.loads(line) for line in server.log.read_text().splitlines()]
+    requests = [line for line in lines if line["message"] == "request" and line["path"] == CHAT]
+    assert [line["id"] for line in requests] == ["<from-a-file>", "<another>", "<of-the-line>", "<of-the-environment>"]
+    assert all(line["level"] == "info" and line["status"] == 200 and line["completion_tokens"] == 2 for line in requests)
+
+
+BREAKS = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import serve
+
+forward = serve.PagedRunner.forward
+
+def fails(runner, batch):
+    runner.broken = getattr(runner, "broken", False) or any(seq.sampling.seed == 666 for seq in batch)
+    if runner.broken:
+        raise RuntimeError("the device is lost")
+    return forward(runner, batch)
+
+serve.PagedRunner.forward = fails
+sys.exit(serve.main(sys.argv[1:]))
+"""
+
+
+def test_an_engine_that_cannot_go_on_ends_the_process(tiny: Path, tmp_path: Path) -> None:
+    """With all its requests, one whose client does not read among them."""
+    with start_server(tmp_path, str(tiny), program=("-c", BREAKS)) as server, socket.socket() as deaf:
+        host, port = server.url.removeprefix("http://").split(":")
+        body = json.dumps({"messages": QUESTION, "stream": True, "n": 128, "ignore_eos": True, "logprobs": True,
+                           "top_logprobs": 20, "temperature": 1}).encode()
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect((host, int(port)))
+        deaf.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                     f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        assert ask(server, max_tokens=2).status_code == 200
+        time.sleep(2)
+        with contextlib.suppress(httpx.TransportError):
+            assert ask(server, seed=666, max_tokens=2).status_code == 500
+        assert server.process.wait(15) not in (0, None)
+    assert "the device is lost" in server.log.read_text()
+
+
 @pytest.mark.parametrize("arguments", [
+    ["--api-key", ""], ["--api-key", "a b"], ["--api-key", "é"], ["--api-key-file", "/dev/null"], ["--api-key-file", "/none"],
+    ["--certfile", __file__], ["--certfile", __file__, "--keyfile", __file__], ["--keyfile", __file__],
+    ["--max-body-size", "0"], ["--request-timeout", "-1"], ["--log-format", "xml"],
     ["--port", "99999"], ["--port", "-1"], ["--host", "nowhere.invalid"], ["--host", "192.0.2.1"],
     ["--device", "nonsense"]], ids=str)
 def test_what_can_be_known_before_it_starts(arguments: list[str], capfd: pytest.CaptureFixture) -> None:
     assert exit_code(arguments) == 2
     assert len(capfd.readouterr().err.splitlines()) == 1
+
+
+def test_an_empty_key_in_the_environment_is_no_open_door(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+    monkeypatch.setenv("SERVE_API_KEY", "")
+    assert exit_code([]) == 2
+    [line] = capfd.readouterr().err.splitlines()
+    assert "API keys" in line
 
 
 def test_a_port_in_use(capfd: pytest.CaptureFixture) -> None:

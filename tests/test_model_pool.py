@@ -104,6 +104,20 @@ async def test_unknown_models(tiny: Path) -> None:
         assert len(await answer(await models.get(None))) == 3
 
 
+async def test_what_is_gated_once_its_files_are_wanted(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anybody may have its description."""
+    class GatedRepoError(Exception):
+        pass
+
+    def fetch() -> serve.Checkpoint:
+        raise GatedRepoError("403 Client Error")
+
+    monkeypatch.setattr(serve, "locate_on_hub", lambda name: fetch)
+    async with pool(tiny) as models:
+        error = await refused(models, "org/gated")
+        assert (error.status, error.code) == (404, "model_not_found") and "HF_TOKEN" in error.message
+
+
 async def test_a_path_in_a_request_is_refused_unless_named(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = tmp_path / "org" / "model"
     other.parent.mkdir()

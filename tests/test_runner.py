@@ -311,7 +311,7 @@ async def test_a_prompt_on_which_the_model_fails_fails_alone(checkpoint: Path, t
         _, tokens = await collect(stream)
         assert [token.id for token in tokens] == [token.id for token in alone[0]]
         assert stream.sequences[0].finish_reason == "error" and stream.sequences[0].error.status == 500
-        with pytest.raises(serve.APIError, match="failed on this prompt"):
+        with pytest.raises(serve.APIError, match="failed on this request"):
             async for _ in serve.deltas(engine.submit([serve.Prompt(bad)], serve.SamplingParams(max_tokens=LENGTH))):
                 pass
 

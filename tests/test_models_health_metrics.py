@@ -1,5 +1,6 @@
 """What is served is listed, found again by its id, loaded on demand from the hub's cache, and dropped by /reset."""
 import json
+import re
 import shutil
 import socket
 import time
@@ -8,10 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import huggingface_hub
+import jsonschema
 import openai
 import pytest
+import serve
 from conftest import LocalServer, ServerProcess, ask, http, start_server
 from openai.types import Model
+from prometheus_client.parser import text_string_to_metric_families
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -132,3 +136,64 @@ def test_a_hub_that_does_not_answer_is_404_in_time_and_holds_up_nobody(server: L
         assert {job.result().status_code for job in lost} == {404}
         assert time.monotonic() - started < 8
     server.assert_idle()
+
+
+def metrics(server: LocalServer) -> dict[str, float]:
+    """Return the samples of /metrics by what stands before their values, as Prometheus's own client reads them."""
+    response = http.get(server.url + "/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    found = {}
+    for family in text_string_to_metric_families(response.text):
+        assert family.name.startswith("vllm:") and family.samples and family.type in ("gauge", "counter", "histogram"), family
+        for sample in family.samples:
+            labels = {name: value for name, value in sample.labels.items() if name != "model_name"}
+            found[sample.name.removeprefix("vllm:") + "".join(f" {value}" for value in labels.values())] = sample.value
+            assert sample.labels["model_name"] == "SmolLM2-135M-Instruct"
+    return found
+
+
+def test_metrics_count_what_was_done(server: LocalServer) -> None:
+    ask(server, max_tokens=1)  # and it has been asked for before
+    before = metrics(server)
+    for stream in (False, True):
+        ask(server, max_tokens=4, n=2, stream=stream)
+    assert ask(server, temperature=9).status_code == 400
+    after = metrics(server)
+    done = {name: value - before.get(name, 0) for name, value in after.items() if value != before.get(name, 0)}
+    tokens = done["prompt_tokens_total"]
+    assert tokens == done["prefix_cache_queries_total"] == 4 * 37 and done["prefix_cache_hits_total"] == 4 * 32
+    assert done["generation_tokens_total"] == 16 and done["request_success_total length"] == 4
+    for name, count in (("time_to_first_token", 4), ("inter_token_latency", 12), ("time_per_output_token", 12),
+                        ("e2e_request_latency", 4), ("request_queue_time", 4)):
+        assert done[f"{name}_seconds_count"] == done[f"{name}_seconds_bucket +Inf"] == count
+        assert 0 < done[f"{name}_seconds_sum"] < 60
+    assert after["num_requests_running"] == after["num_requests_waiting"] == after["kv_cache_usage_perc"] == 0
+    assert after["num_preemptions_total"] == before["num_preemptions_total"]
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(ask, server, max_tokens=60, n=3, ignore_eos=True)
+        seen = [metrics(server)["num_requests_running"] for _ in iter(job.done, True)]
+        assert max(seen) == 3 and job.result().status_code == 200
+
+
+def test_the_description_is_of_every_endpoint(server: LocalServer) -> None:
+    found = http.get(server.url + "/openapi.json").json()
+    rules = {re.sub("<path:(.*)>", r"{\1}", rule.rule) for rule in serve.app.url_map.iter_rules()}
+    assert found["paths"].keys() == rules and found["openapi"].startswith("3.1")
+    schemas = found["components"]["schemas"]
+    for methods in found["paths"].values():
+        for method, about in methods.items():
+            assert about["summary"].endswith(".") and (method != "post" or "requestBody" in about or "Drop" in about["summary"])
+    chat = found["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+    chat = schemas[chat.removeprefix("#/components/schemas/")]
+    assert chat["required"] == ["messages"] and {"temperature", "tools", "n"} <= chat["properties"].keys()
+    assert not {"guided_json", "audio"} & chat["properties"].keys()  # known, and refused
+    jsonschema.Draft202012Validator.check_schema({**chat, "components": found["components"]})
+    validator = jsonschema.Draft202012Validator({**chat, "components": found["components"]})
+    assert validator.is_valid({"messages": [], "n": 5}) and not validator.is_valid({"messages": [], "n": 0})
+
+
+def test_the_description_for_people_loads_nothing(server: LocalServer) -> None:
+    response = http.get(server.url + "/docs")
+    assert "/v1/chat/completions" in response.text and "temperature" in response.text and "default-src 'none'" in (
+        response.headers["content-security-policy"])
+    assert not re.search(r"<script|src=|href=|url\(", response.text)
