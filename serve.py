@@ -2708,8 +2708,10 @@ class App(QuartTrio):
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         async def send_whole(message: Any) -> None:
+            if message.get("more_body", True):
+                return await send(message)
             # The last message makes hypercorn report a disconnect, which cancels this very send before it has closed.
-            with trio.CancelScope(shield=not message.get("more_body", True)):
+            with trio.CancelScope(shield=True):
                 await send(message)
 
         self.active += scope["type"] == "http"
