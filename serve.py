@@ -3522,29 +3522,27 @@ async def reset() -> Response:
 
 PAGE = r"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>serve.py</title><link rel="icon" href="data:,">
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
-* { box-sizing: border-box; outline-color: var(--accent) } small, summary, label { color: var(--faint); font-size: .85rem }
 :root { color-scheme: light dark; --page: light-dark(#fff, #15171c); --ink: light-dark(#1c2029, #e3e6ec);
   --faint: light-dark(#646c7a, #979eab); --line: light-dark(#dde1e8, #333945); --soft: light-dark(#f2f4f8, #20242c);
-  --accent: light-dark(#2b5fc7, #8fb1ff); --bad: light-dark(#b3261e, #ff9a91); font: 16px/1.6 system-ui, sans-serif }
+  --accent: light-dark(#2b5fc7, #8fb1ff); font: 16px/1.6 system-ui, sans-serif } * { box-sizing: border-box }
 body { margin: 0; height: 100dvh; display: flex; flex-direction: column; background: var(--page); color: var(--ink) }
-header, article, form, #images { width: 100%; max-width: 48rem; margin: 0 auto } header b { flex: 1 } label > * { width: 100% }
+header, article, form, #images { width: 100%; max-width: 48rem; margin: 0 auto } header b { flex: 1 } footer { padding: .6rem }
 header, form { display: flex; gap: .5rem; align-items: center; padding: .6rem; position: relative } header > * { flex: none }
-button, select, input, textarea, header summary { font: inherit; color: inherit; background: none; list-style: none;
+small, summary, label { color: var(--faint); font-size: .85rem } label > * { width: 100% } .wide { grid-column: 1 / -1 }
+button, select, input, textarea, header summary { font: inherit; color: var(--ink); background: var(--page); list-style: none;
   border: 1px solid var(--line); border-radius: .6rem; padding: .3rem .7rem } #model { flex: 0 1 auto; min-width: 0 }
 button, summary, #images img { cursor: pointer } button:hover, form:focus-within { border-color: var(--accent) }
-option, #settings { background: var(--page); color: var(--ink) } .wide { grid-column: 1 / -1 } .bad { color: var(--bad) }
 #settings { position: absolute; z-index: 1; right: .6rem; top: 100%; width: min(22rem, 100vw - 1.2rem); padding: 1rem;
-  gap: .7rem; display: grid; grid-template-columns: 1fr 1fr 1fr; border: 1px solid var(--line); border-radius: .6rem }
+  gap: .7rem; display: grid; grid-template-columns: 1fr 1fr 1fr; background: var(--page) } p:empty { display: none }
 main { flex: 1; overflow-y: auto; padding: .6rem; scrollbar-gutter: stable both-edges; display: flex;
-  flex-direction: column-reverse } #log { margin-bottom: auto } #log:empty::before { content: "What is on your mind?";
-  display: grid; place-items: center; height: 60vh; font-size: 1.4rem; color: var(--faint) } p:empty { display: none }
-p { white-space: pre-wrap; margin: 0 } article { padding-bottom: 1.2rem; overflow-wrap: anywhere }
-.user { display: grid; justify-items: end; gap: .4rem } .user p { padding: .5rem .9rem; background: var(--soft);
-  border-radius: 1rem 1rem .2rem 1rem } img { height: 5rem; margin-right: .4rem; border-radius: .6rem }
+  flex-direction: column-reverse } #log { margin-bottom: auto } .bad { color: light-dark(#b3261e, #ff9a91) }
+article { padding-bottom: 1.2rem; overflow-wrap: anywhere } .user { display: grid; justify-items: end; gap: .4rem }
+p { white-space: pre-wrap; margin: 0 } .user p { padding: .5rem .9rem; background: var(--soft); border-radius: 1rem 1rem .2rem }
+img { height: 5rem; margin-right: .4rem; border-radius: .6rem } form, #settings { border: 1px solid var(--line) }
 code, pre { font: .9rem/1.5 ui-monospace, monospace; background: var(--soft); border-radius: .4rem; padding: .1em .3em }
 pre { overflow-x: auto; padding: .8rem 1rem } details p { padding-left: .9rem; border-left: 3px solid var(--line) }
-footer { padding: .6rem } form { border: 1px solid var(--line); border-radius: 1.1rem } #text, #attach { border: 0; outline: 0 }
-#text { flex: 1; resize: none; max-height: 40vh; field-sizing: content } #send { background: var(--accent); color: var(--page) }
+#text, #attach { border: 0; outline: 0 } #text { flex: 1; resize: none; max-height: 40vh; field-sizing: content }
+#send { background: var(--accent); color: var(--page) } form, #settings { border-radius: 1rem }
 </style></head><body><header><b>serve.py</b><small id="state" role="status"></small><select id="model" title="Model"></select>
 <button id="fresh">New chat</button><details><summary>Settings</summary><div id="settings">
 <label class="wide">System message<textarea id="system" rows="3"></textarea></label>
@@ -3591,12 +3589,11 @@ form.onsubmit = async event => {
   if (running || !said && !images.length) return running?.abort();
   const parts = images.map(image => ({type: "image_url", image_url: {url: image.src}}));
   messages.push({role: "user", content: parts.length ? [...parts, {type: "text", text: said}] : said});
+  const given = NUMBERS.filter(name => $(name).value).map(name => [name, Number($(name).value)]);
   const system = $("system").value ? [{role: "system", content: $("system").value}] : [];
-  const numbers = NUMBERS.filter(name => $(name).value).map(name => [name, Number($(name).value)]);
   const question = make("article", $("log")), answer = make("article", $("log")), folded = make("details", answer);
-  const body = make("div", answer), note = make("small", answer, "…");
-  make("summary", folded, "Reasoning");
-  const thoughts = make("p", folded);
+  const summary = make("summary", folded, "Reasoning"), thoughts = make("p", folded), body = make("div", answer);
+  const note = make("small", answer, "…");
   let text = "", tokens = 0, first = 0, last = 0, frame = 0, end = "";
   const paint = () => {
     const rate = ((tokens - 1) / (last - first) * 1000).toFixed(1);
@@ -3612,7 +3609,7 @@ form.onsubmit = async event => {
     const response = await fetch("v1/chat/completions", {method: "POST", signal: running.signal,
       headers: {"Content-Type": "application/json", ...bearer()},
       body: JSON.stringify({model: $("model").value, messages: [...system, ...messages], stream: true,
-                            stream_options: {include_usage: true}, ...Object.fromEntries(numbers)})});
+                            stream_options: {include_usage: true}, ...Object.fromEntries(given)})});
     for await (const {error, choices: [choice] = [], usage} of events(response)) {
       if (error) throw Error(error.message);
       const {content = "", reasoning_content: thought = ""} = choice?.delta ?? {}, piece = Boolean(content || thought);
@@ -3673,17 +3670,11 @@ for (const id of ["system", ...NUMBERS, "key"]) {
 models();
 </script></body></html>
 """
-
-
-def source(tag: str) -> str:
-    """Return how a policy names the page's own script or style: by its hash."""
-    text = PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
-    return f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
+STYLE, SCRIPT = (base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()
+                 for part in re.findall(r"<(?:style|script)>(.*?)</", PAGE, re.DOTALL))
 PAGE_HEADERS = {"Referrer-Policy": "no-referrer", "Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff",
-                "Content-Security-Policy": f"default-src 'none'; {source('script')}; {source('style')}; connect-src 'self'; "
-                "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+                "Content-Security-Policy": f"default-src 'none'; style-src 'sha256-{STYLE}'; script-src 'sha256-{SCRIPT}'; "
+                "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
                 "require-trusted-types-for 'script'; trusted-types 'none'"}
 
 
