@@ -16,12 +16,13 @@ The life of a request, top to bottom of this file and back:
 
 Contents: Configuration · Paged KV cache · Sequences · Scheduler · Model · Runner · Fusion · Sampling · Structured output ·
 Engine · Model pool · Prompts · Deltas · HTTP · Sampling fields · MCP tools · Chat completions · Completions · Responses ·
-Models, health, metrics · Main.
+Models, health, metrics · Chat page · Main.
 Each banner is the name of its test file.
 """
 from __future__ import annotations
 
 import argparse
+import base64
 import bisect
 import codecs
 import copy
@@ -3101,7 +3102,7 @@ async def gatekeeper() -> None:
         raise APIError(401, "This server wants an API key, as Authorization: Bearer KEY or X-Api-Key: KEY.", "invalid_api_key")
     if app.draining:
         raise APIError(503, "The server is shutting down.", "shutting_down")
-    if not app.models.started and request.path != "/health" and not request.path.startswith("/v1/models"):
+    if not app.models.started and request.path not in OPEN_PATHS and not request.path.startswith("/v1/models"):
         raise APIError(503, "The model is still loading.", "loading")
 
 
@@ -5094,6 +5095,172 @@ async def reset() -> Response:
         if loaded.engine:
             loaded.engine.scheduler.pool.forget()
     return json_response({"status": "ok"})
+
+
+# ── Chat page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# GET /: a page to talk to the models with. What a model writes becomes text nodes, never markup; the page loads nothing else.
+
+PAGE = r"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>serve.py</title><link rel="icon" href="data:,">
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+:root { color-scheme: light dark; --page: light-dark(#fff, #15171c); --ink: light-dark(#1c2029, #e3e6ec);
+  --faint: light-dark(#646c7a, #979eab); --line: light-dark(#dde1e8, #333945); --soft: light-dark(#f2f4f8, #20242c);
+  --accent: light-dark(#2b5fc7, #8fb1ff); font: 16px/1.6 system-ui, sans-serif } * { box-sizing: border-box }
+body { margin: 0; height: 100dvh; display: flex; flex-direction: column; background: var(--page); color: var(--ink) }
+header, article, form, #images { width: 100%; max-width: 48rem; margin: 0 auto } header b { flex: 1 } footer { padding: .6rem }
+header, form { display: flex; gap: .5rem; align-items: center; padding: .6rem; position: relative } header > * { flex: none }
+small, summary, label { color: var(--faint); font-size: .85rem } label > * { width: 100% } .wide { grid-column: 1 / -1 }
+button, select, input, textarea, header summary { font: inherit; color: var(--ink); background: var(--page); list-style: none;
+  border: 1px solid var(--line); border-radius: .6rem; padding: .3rem .7rem } #model { flex: 0 1 auto; min-width: 0 }
+button, summary, #images img { cursor: pointer } button:hover, form:focus-within { border-color: var(--accent) }
+#settings { position: absolute; z-index: 1; right: .6rem; top: 100%; width: min(22rem, 100vw - 1.2rem); padding: 1rem;
+  gap: .7rem; display: grid; grid-template-columns: 1fr 1fr 1fr; background: var(--page) } p:empty { display: none }
+main { flex: 1; overflow-y: auto; padding: .6rem; scrollbar-gutter: stable both-edges; display: flex;
+  flex-direction: column-reverse } #log { margin-bottom: auto } .bad { color: light-dark(#b3261e, #ff9a91) }
+article { padding-bottom: 1.2rem; overflow-wrap: anywhere } .user { display: grid; justify-items: end; gap: .4rem }
+p { white-space: pre-wrap; margin: 0 } .user p { padding: .5rem .9rem; background: var(--soft); border-radius: 1rem 1rem .2rem }
+img { height: 5rem; margin-right: .4rem; border-radius: .6rem } form, #settings { border: 1px solid var(--line) }
+code, pre { font: .9rem/1.5 ui-monospace, monospace; background: var(--soft); border-radius: .4rem; padding: .1em .3em }
+pre { overflow-x: auto; padding: .8rem 1rem } details p { padding-left: .9rem; border-left: 3px solid var(--line) }
+#text, #attach { border: 0; outline: 0 } #text { flex: 1; resize: none; max-height: 40vh; field-sizing: content }
+#send { background: var(--accent); color: var(--page) } form, #settings { border-radius: 1rem }
+</style></head><body><header><b>serve.py</b><small id="state" role="status"></small><select id="model" title="Model"></select>
+<button id="fresh">New chat</button><details><summary>Settings</summary><div id="settings">
+<label class="wide">System message<textarea id="system" rows="3"></textarea></label>
+<label>Temperature<input id="temperature" type="number" min="0" max="2" step="0.1" placeholder="default"></label>
+<label>top_p<input id="top_p" type="number" min="0" max="1" step="0.05" placeholder="default"></label>
+<label>max_tokens<input id="max_tokens" type="number" min="1" placeholder="no limit"></label>
+<label class="wide">API key, kept until this tab is closed<input id="key" type="password" autocomplete="off"></label>
+</div></details></header><main><div id="log" aria-live="polite"></div></main><footer><div id="images"></div><form>
+<input id="file" type="file" accept="image/*" multiple hidden><button id="attach" type="button" title="Images">+</button>
+<textarea id="text" rows="1" placeholder="Message (images can be dropped)" aria-label="Message" autofocus></textarea>
+<button id="send">Send</button></form></footer><script>
+const $ = id => document.getElementById(id), [form] = document.forms, NUMBERS = ["temperature", "top_p", "max_tokens"];
+const MARKS = /(`[^`\n]+`|\*\*[^*\n]+\*\*|\*[^*\s][^*\n]*\*|^#{1,6} .+$)/m;  // code, bold, italic, a heading
+const bearer = () => $("key").value ? {Authorization: "Bearer " + $("key").value} : {};
+let messages = [], running = null;  // the conversation, and what stops the answer that is being written
+const make = (tag, parent, text = "") =>
+  parent.appendChild(Object.assign(document.createElement(tag), {textContent: text}));
+function marked(node, text) {  // all that has no mark, lists too, stays as it was written
+  text.split(MARKS).forEach((part, i) => {
+    if (i % 2 === 0) node.append(part);
+    else if (part[0] === "`") make("code", node, part.slice(1, -1));
+    else marked(make(/^(\*\*|#)/.test(part) ? "b" : "i", node), part.replace(/^(\*+|#+ )|\*+$/g, ""));
+  });
+}
+function show(node, text) {  // every other part between lines of fences is code
+  node.replaceChildren();
+  text.split(/^[ \t]*(?:```|~~~).*$/m).forEach((part, i) => {
+    if (i % 2) make("pre", node, part.replace(/^\n|\n$/g, ""));
+    else marked(make("p", node), part.trim());
+  });
+}
+async function* events(response) {
+  if (!response.ok) return yield await response.json();
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = "", part; !(part = await reader.read()).done;) {
+    const lines = (rest + part.value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) if (line.startsWith("data: {")) yield JSON.parse(line.slice(6));
+  }
+}
+form.onsubmit = async event => {
+  event.preventDefault();
+  const said = $("text").value.trim(), images = [...$("images").children], conversation = messages;
+  if (running || !said && !images.length) return running?.abort();
+  const parts = images.map(image => ({type: "image_url", image_url: {url: image.src}}));
+  messages.push({role: "user", content: parts.length ? [...parts, {type: "text", text: said}] : said});
+  const given = NUMBERS.filter(name => $(name).value).map(name => [name, Number($(name).value)]);
+  const system = $("system").value ? [{role: "system", content: $("system").value}] : [];
+  const question = make("article", $("log")), answer = make("article", $("log")), folded = make("details", answer);
+  const summary = make("summary", folded, "Reasoning"), thoughts = make("p", folded), body = make("div", answer);
+  const note = make("small", answer, "…");
+  let text = "", tokens = 0, first = 0, last = 0, frame = 0, end = "";
+  const paint = () => {
+    const rate = ((tokens - 1) / (last - first) * 1000).toFixed(1);
+    note.textContent = (tokens > 1 ? `${tokens} tokens · ${rate} tokens/s ` : "") + end;
+    show(body, text);
+    frame = 0;
+  };
+  question.className = "user";
+  question.append(...images);
+  make("p", question, said);
+  [$("text").value, $("send").textContent, folded.hidden, running] = ["", "Stop", true, new AbortController()];
+  try {
+    const response = await fetch("v1/chat/completions", {method: "POST", signal: running.signal,
+      headers: {"Content-Type": "application/json", ...bearer()},
+      body: JSON.stringify({model: $("model").value, messages: [...system, ...messages], stream: true,
+                            stream_options: {include_usage: true}, ...Object.fromEntries(given)})});
+    for await (const {error, choices: [choice] = [], usage} of events(response)) {
+      if (error) throw Error(error.message);
+      const {content = "", reasoning_content: thought = ""} = choice?.delta ?? {}, piece = Boolean(content || thought);
+      tokens = usage?.completion_tokens ?? tokens + piece;  // until the end, pieces
+      if (piece) last = performance.now();
+      first ||= last;
+      text += content;
+      thoughts.append(thought);
+      folded.hidden &&= !thought;
+      if (choice?.finish_reason === "length") end = "· cut off at the limit";
+      frame ||= requestAnimationFrame(paint);
+    }
+  } catch (error) {
+    [end, note.className] = error.name === "AbortError" ? ["· stopped", ""] : [error.message, "bad"];
+  }
+  cancelAnimationFrame(frame);
+  paint();
+  [$("send").textContent, running] = ["Send", null];
+  if (tokens) return conversation.push({role: "assistant", content: text});
+  conversation.pop();  // what got no answer is no part of it, and goes back to where it was written
+  $("text").value ||= said;
+  $("images").append(...images);
+  question.remove();
+};
+async function models() {  // asks again until they are loaded
+  const [health, list] = await Promise.all([fetch("health"), fetch("v1/models", {headers: bearer()})]).catch(() => [{}]);
+  const {data = [], error} = await list?.json() ?? {}, chosen = $("model").value;
+  $("model").replaceChildren();
+  for (const {id} of data) make("option", $("model"), id).selected = id === chosen;
+  $("state").textContent = error?.message ?? (health.ok ? "" : list ? "loading…" : "no answer");
+  if (!health.ok) setTimeout(models, 1000);
+}
+function attach(files) {
+  for (const file of files) if (file.type.startsWith("image/")) {
+    const reader = new FileReader();
+    reader.onload = () => Object.assign(make("img", $("images")), {src: reader.result, alt: file.name});
+    reader.readAsDataURL(file);
+  }
+}
+$("images").onclick = event => event.target !== $("images") && event.target.remove();
+$("attach").onclick = () => $("file").click();
+$("file").onchange = () => { attach($("file").files); $("file").value = ""; };
+$("fresh").onclick = () => { running?.abort(); messages = []; $("log").replaceChildren(); };
+$("text").onkeydown = event => {
+  const enter = event.key === "Enter" && !event.shiftKey && !event.isComposing;
+  if (enter) event.preventDefault();
+  if (enter && !running) form.requestSubmit();
+};
+document.onpaste = event => attach(event.clipboardData.files);
+document.ondragover = document.ondrop = event => {
+  if (event.dataTransfer.types.includes("Files")) event.preventDefault();
+  attach(event.dataTransfer.files);
+};
+for (const id of ["system", ...NUMBERS, "key"]) {
+  $(id).value = sessionStorage.getItem(id) ?? "";
+  $(id).onchange = () => { sessionStorage.setItem(id, $(id).value); if (id === "key") models(); };
+}
+models();
+</script></body></html>
+"""
+STYLE, SCRIPT = (base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()
+                 for part in re.findall(r"<(?:style|script)>(.*?)</", PAGE, re.DOTALL))
+PAGE_HEADERS = {"Referrer-Policy": "no-referrer", "Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff",
+                "Content-Security-Policy": f"default-src 'none'; style-src 'sha256-{STYLE}'; script-src 'sha256-{SCRIPT}'; "
+                "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+                "require-trusted-types-for 'script'; trusted-types 'none'"}
+
+
+@app.get("/")
+async def chat_page() -> Response:
+    return Response(PAGE, content_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
 
 
 # ── Main ──────────────────────────────────────────────────────────────────────────────────────────────────────────────

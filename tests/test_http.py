@@ -135,12 +135,13 @@ def test_a_missing_field_is_named(server: LocalServer) -> None:
 
 
 @pytest.mark.parametrize("method, path, status, code", [
-    ("GET", "/", 404, "not_found"), ("GET", "/v1/nothing", 404, "not_found"), ("POST", "/v1/nothing", 404, "not_found"),
+    ("GET", "/nothing", 404, "not_found"), ("GET", "/v1/nothing", 404, "not_found"), ("POST", "/v1/nothing", 404, "not_found"),
     ("POST", "/v1/chat/completions/", 404, "not_found"), ("POST", "/v1//chat/completions", 404, "not_found"),
     ("GET", "/v1/models/", 404, "not_found"), ("GET", "/../../etc/passwd", 404, "not_found"),
     ("GET", "/%00%ff", 404, "not_found"),
     ("GET", CHAT, 405, "method_not_allowed"), ("DELETE", "/v1/models", 405, "method_not_allowed"),
     ("PUT", "/health", 405, "method_not_allowed"), ("GET", "/reset", 405, "method_not_allowed"),
+    ("POST", "/", 405, "method_not_allowed"),
 ])
 def test_unknown_paths_and_methods(server: LocalServer, method: str, path: str, status: int, code: str) -> None:
     response = http.request(method, server.url + path)
