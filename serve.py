@@ -15,7 +15,8 @@ The life of a request, top to bottom of this file and back:
     deltas             turns tokens into text, stops at stop strings; chat_chunks makes them chunks, sent or folded
 
 Contents: Configuration · Paged KV cache · Sequences · Scheduler · Model · Runner · Fusion · Sampling · Structured output ·
-Engine · Model pool · Prompts · Deltas · HTTP · Sampling fields · Chat completions · Completions · Models and health · Main.
+Engine · Batch engine · Model pool · Prompts · Deltas · HTTP · Sampling fields · Chat completions · Completions ·
+Audio transcriptions · Embeddings · Models and health · Main.
 Each banner is the name of its test file.
 """
 from __future__ import annotations
@@ -968,26 +969,28 @@ def adapter_key(name: str) -> str:
     return f"<{name}>"
 
 
+def read_settings(path: Path) -> Any:
+    """Return what a JSON file holds, or nothing if there is none."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def pooling_steps(folder: Path, network: transformers.PreTrainedModel) -> list[PoolingStep]:
     """Return what makes a vector of hidden states: the checkpoint's sentence-transformers modules, or else their mean."""
-    if not (listed := folder / "modules.json").exists():
-        return [functools.partial(pool_states, ["mean"]), normalise]
     steps: list[PoolingStep] = []
-    for module in json.loads(listed.read_text()):
-        kind, place = module["type"].rpartition(".")[2], folder / module["path"]
-        settings = json.loads((place / "config.json").read_text()) if (place / "config.json").exists() else {}
+    for module in read_settings(folder / "modules.json"):
+        kind, settings = module["type"].rpartition(".")[2], read_settings(folder / module["path"] / "config.json")
         if kind == "Pooling":  # before its version 5 it wrote a flag for each of the modes
-            flags = [name.removeprefix("pooling_mode_") for name, on in settings.items() if name[:13] == "pooling_mode_" and on]
-            modes = settings.get("pooling_mode") or flags or "mean"
+            flags = [name[13:] for name, on in settings.items() if name.startswith("pooling_mode_") and on]
+            modes = settings.get("pooling_mode") or flags
             modes = [modes] if isinstance(modes, str) else modes
             steps.append(functools.partial(pool_states, [re.sub("_tokens?$", "", mode) for mode in modes]))
         elif kind == "Dense":
-            steps.append(dense_step(place, settings, network))
+            steps.append(dense_step(folder / module["path"], settings, network))
         elif kind == "Normalize":
             steps.append(normalise)
         elif kind != "Transformer":
             raise ValueError(f"its module {kind} is not supported")
-    return steps
+    return steps or [functools.partial(pool_states, ["mean"]), normalise]
 
 
 def pool_states(modes: list[str], states: Tensor, mask: Tensor) -> Tensor:
@@ -1052,7 +1055,8 @@ def load_model(name: str, checkpoint: Checkpoint, config: Config, first: bool, r
     eos = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
     longest = getattr(text, "max_position_embeddings", None) or min(tokenizer.model_max_length, 1 << 15)
     if kind == "encoder":
-        longest = min(longest, tokenizer.model_max_length, max_seq_length(folder) or longest)
+        cut = read_settings(folder / "sentence_bert_config.json").get("max_seq_length")
+        longest = min(longest, tokenizer.model_max_length, cut or longest)
     return Model(
         id=name, network=network, tokenizer=tokenizer, generation=generation, vocab_size=text.vocab_size,
         eos_token_ids=frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos]),
@@ -1060,12 +1064,6 @@ def load_model(name: str, checkpoint: Checkpoint, config: Config, first: bool, r
         special_ids=frozenset(tokenizer.all_special_ids), longest_token=max(map(len, tokenizer.get_vocab())),
         byte_level="ByteLevel" in repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)),
         kind=kind, processor=processor, pooling=pooling)
-
-
-def max_seq_length(folder: Path) -> int | None:
-    """Return the length at which sentence-transformers would cut a text, if the checkpoint says so."""
-    path = folder / "sentence_bert_config.json"
-    return json.loads(path.read_text()).get("max_seq_length") if path.exists() else None
 
 
 def return_memory() -> None:
@@ -2207,9 +2205,9 @@ MAX_WINDOWS = 8  # of 30 s of speech in a batch: Whisper's encoder is as fast wi
 
 
 async def beside(function: Callable[[], Any]) -> Any:
-    """Run a long computation beside the steps of the engines, which go first: on one thread, and so without a team."""
+    """Run a long computation beside the steps of the engines, which go first: on half of the cores."""
     def work() -> Any:
-        torch.set_num_threads(1)
+        torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # of two cores that is one: no team, which would spin
         with torch.inference_mode():
             return function()
 
@@ -3861,21 +3859,16 @@ async def transcript_events(engine: BatchEngine, job: Job) -> AsyncIterator[dict
     transcript = job.result
     if transcript["text"].startswith(told) and (rest := transcript["text"][len(told):]):
         yield {"type": "transcript.text.delta", "delta": rest}
-    yield {"type": "transcript.text.done", "text": transcript["text"], "usage": audio_usage(transcript)}
-
-
-def audio_usage(transcript: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "duration", "seconds": math.ceil(transcript["duration"])}
+    yield {"type": "transcript.text.done", "text": transcript["text"], "usage": transcript["usage"]}
 
 
 def transcript_response(transcript: dict[str, Any], body: AudioRequest) -> Response:
     """Return a transcript in the format that was asked for."""
     if body.response_format == "verbose_json":
-        wanted = {f"{name}s" for name in body.timestamp_granularities or ["segment"]}
-        shown = {name: value for name, value in transcript.items() if name not in ({"segments", "words"} - wanted)}
-        return json_response({**shown, "usage": audio_usage(transcript)})
+        left_out = {"word", "segment"} - set(body.timestamp_granularities or ["segment"])
+        return json_response({name: value for name, value in transcript.items() if name[:-1] not in left_out})
     if body.response_format == "json":
-        return json_response({"text": transcript["text"], "usage": audio_usage(transcript)})
+        return json_response({"text": transcript["text"], "usage": transcript["usage"]})
     text = transcript["text"] + "\n" if body.response_format == "text" else subtitles(transcript, body.response_format)
     return Response(text, content_type="text/plain; charset=utf-8")
 
@@ -3899,13 +3892,15 @@ def transcribe(model: Model, jobs: list[Job], wanted: Hearing, windows: int) -> 
     if not is_timed(model):
         pipe = transformers.pipeline("automatic-speech-recognition", network, tokenizer=model.tokenizer,
                                      feature_extractor=extractor, chunk_length_s=WINDOW_SECONDS)
-        texts = [pipe({"raw": job.value, "sampling_rate": rate})["text"].strip() for job in jobs]
-        return [{"text": text, "duration": len(job.value) / rate} for job, text in zip(jobs, texts)]
+        return [{"text": pipe({"raw": job.value, "sampling_rate": rate})["text"].strip(),
+                 "usage": audio_usage(len(job.value) / rate)} for job in jobs]
     inputs = extractor([job.value for job in jobs], sampling_rate=rate, return_tensors="pt", return_attention_mask=True,
                        truncation=False, padding="longest" if windows > 1 else "max_length")
     features, mask = inputs["input_features"].to(network.device, network.dtype), inputs["attention_mask"].to(network.device)
     languages, options = ["<|en|>"] * len(jobs), {}
-    prompt = prompt_ids(model, wanted.prompt).to(network.device) if wanted.prompt else None
+    prompt = model.processor.get_prompt_ids(wanted.prompt, return_tensors="pt") if wanted.prompt else None
+    if prompt is not None:  # its end, as much as the decoder has room for, after the token that says what it is
+        prompt = torch.cat([prompt[:1], prompt[1:][1 - network.config.max_target_positions // 2:]]).to(network.device)
     listener = Listener(model, jobs)
     with sitting_in(network, listener):
         if hasattr(model.generation, "lang_to_id"):
@@ -3920,10 +3915,8 @@ def transcribe(model: Model, jobs: list[Job], wanted: Hearing, windows: int) -> 
             for job, language, segments, heard_in in zip(jobs, languages, heard["segments"], listener.windows)]
 
 
-def prompt_ids(model: Model, prompt: str) -> Tensor:
-    """Return the end of a prompt that the decoder has room for, after the token that says what it is."""
-    ids = model.processor.get_prompt_ids(prompt, return_tensors="pt")
-    return torch.cat([ids[:1], ids[1:][1 - model.network.config.max_target_positions // 2:]])
+def audio_usage(seconds: float) -> dict[str, Any]:
+    return {"type": "duration", "seconds": math.ceil(seconds)}
 
 
 @dataclass(slots=True)
@@ -4020,7 +4013,8 @@ def sitting_in(network: transformers.PreTrainedModel, listener: Listener) -> Ite
         yield
     finally:
         hook.remove()
-        encoder.forward, network.config._attn_implementation = encode, attention
+        del encoder.forward
+        network.config._attn_implementation = attention
 
 
 def transcript(model: Model, job: Job, wanted: Hearing, language: str, segments: list[dict[str, Any]],
@@ -4048,7 +4042,7 @@ def transcript(model: Model, job: Job, wanted: Hearing, language: str, segments:
                       for word in found]
     return {"task": wanted.task, "language": LANGUAGES[language if wanted.task == "transcribe" else "en"],
             "duration": duration, "text": "".join(segment["text"] for segment in shown).strip(), "segments": shown,
-            "words": words}
+            "words": words, "usage": audio_usage(duration)}
 
 
 # ── Embeddings ────────────────────────────────────────────────────────────────────────────────────────────────────────
