@@ -86,6 +86,7 @@ import msgspec
 import numpy
 import outcome
 import psutil
+import safetensors.torch
 import torch
 import transformers
 import trio
