@@ -1161,6 +1161,7 @@ class PagedRunner:
         self.caches: dict[int, tuple[Tensor, Tensor]] = {}
         self.batch: Ragged | None = None
         self.calls, self.options = 0, {}  # how often `attend` was called, and with which arguments by layer
+        self.states: Tensor | None = None  # [1, samples, hidden] or [1, tokens, hidden]: what the logits were computed from
         self.keeps_logits = "logits_to_keep" in inspect.signature(model.network.forward).parameters
 
     def layer_cache(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -1198,6 +1199,16 @@ class PagedRunner:
         finally:
             _step.runner = None  # a dropped model's memory must not hang on here
         return out.logits[0] if self.keeps_logits else out.logits[0, self.batch.logits_rows]
+
+
+    def watch_states(self) -> None:
+        """See what the network's head gets from now on."""
+        if head := self.model.network.get_output_embeddings():
+            head.register_forward_pre_hook(lambda _, arguments: setattr(self, "states", arguments[0]))
+
+    def last_state(self, row: int) -> Tensor:
+        """Return what a row of the last batch's logits was computed from [hidden]."""
+        return self.states[0, row if self.keeps_logits else self.batch.logits_rows[row]].float()
 
 
 class SequentialRunner:
@@ -1525,6 +1536,7 @@ def make_runner(model: Model, kernel: Callable[..., Tensor], config: Config) -> 
         fuse_layers(runner)
     if model.device.type == "cpu" and not model.adapters:
         linear_cpu.pack_linears(model.network)
+    runner.watch_states()
     after = advance(runner, {scratch_sequences(runner, 40)[0]: 40})  # what was patched and packed, together, once
     if not (difference := relative_error(after, before)) < 0.1:
         raise APIError(400, f"The model {model.id!r} cannot be run: fused, its logits differ by {difference:.1e}",
@@ -2011,9 +2023,6 @@ class Engine:
         self.news: list[TokenStream] = []  # whose tasks are to be woken
         self.stopped = False
         self.last_used = time.monotonic()
-        self.states: Tensor | None = None  # [1, samples, hidden]: what the last step's logits were computed from
-        if head := model.network.get_output_embeddings():
-            head.register_forward_pre_hook(lambda _, arguments: setattr(self, "states", arguments[0]))
 
     @property
     def idle(self) -> bool:
@@ -2104,7 +2113,7 @@ class Engine:
         logits = self.runner.forward(batch)
         for row, seq in enumerate(receivers):
             if seq.sampling.embed:
-                seq.embedding = self.states[0, row].float()
+                seq.embedding = self.runner.last_state(row)
         return sample(logits[:len(receivers)], receivers), score(logits[len(receivers):], batch)
 
     def deliver_scores(self, scores: dict[Sequence, list[Token]]) -> None:
@@ -4120,7 +4129,7 @@ def embed(model: Model, jobs: list[Job]) -> list[Tensor]:
 
 async def last_states(engine: Engine, prompts: list[Prompt]) -> list[Tensor]:
     """Return what a text generator makes of each text's last token, normalised: computed in its batch, beside its chats."""
-    if not engine.runner.paged:
+    if getattr(engine.runner, "states", None) is None:
         raise APIError(400, f"The model {engine.model.id!r} cannot embed: it is not paged.", "model_not_supported", "model")
     async with engine.submit(prompts, SamplingParams(max_tokens=0, embed=True)) as stream:
         async for _ in stream:
