@@ -15,11 +15,11 @@ import sentence_transformers
 import serve
 import torch
 import transformers
-import trio
 import weights
 from conftest import ServerProcess, ask, start_server
 from openai.types import CreateEmbeddingResponse
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
+from test_model_pool import pool
 
 TEXTS = ["A cat sits on the mat.", "Hello", "The quick brown fox jumps over the lazy dog. " * 12, "éß日本 🎉", "two\nlines",
          "a" * 50]
@@ -188,60 +188,16 @@ def test_the_kind_of_a_checkpoint(architecture: str, kind: str, tmp_path: Path) 
     assert serve.kind_of(serve.Checkpoint(str(tmp_path)), config)[0] == kind
 
 
-def make_engine(compute_log: list[list[int]], budget: int = 8, max_queue: int = 100) -> serve.BatchEngine:
-    async def run_on(function):
-        await trio.sleep(1)
-        return function()
-
-    model = serve.types.SimpleNamespace(id="fake")
-    return serve.BatchEngine(model, run_on, budget, max_queue)
-
-
-async def test_jobs_of_one_key_and_like_sizes_are_computed_together(autojump_clock: trio.testing.MockClock) -> None:
-    batches: list[list[int]] = []
-
-    def compute(model: object, jobs: list[serve.Job], *options: object) -> list[int]:
-        batches.append([job.value for job in jobs])
-        if 13 in batches[-1]:
-            raise ValueError("an unlucky input")
-        return [-job.value for job in jobs]
-
-    engine = make_engine([], budget=8)
-    jobs = [serve.Job((compute, "a"), value, size) for value, size in ((1, 1), (2, 6), (3, 1), (13, 1), (4, 2), (5, 6))]
-    other, left = serve.Job((compute, "b"), 6, 1), serve.Job((compute, "a"), 7, 1)
-    ended: list[int] = []
-
-    async def follow(job: serve.Job) -> None:
-        try:
-            async for _ in engine.follow([job]):
-                pass
-            ended.append(job.result)
-        except serve.APIError as error:
-            ended.append(error.status)
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(engine.run)
-        with trio.move_on_after(0):  # who leaves before its turn is not computed
-            await follow(left)
-        async with trio.open_nursery() as clients:
-            for job in (*jobs, other):
-                clients.start_soon(follow, job)
-        assert engine.idle
-        nursery.cancel_scope.cancel()
-    assert sorted(ended) == [-6, -5, -4, -3, -2, -1, 500]
-    assert not any(7 in batch for batch in batches) and all(len(batch) == 1 for batch in batches if 6 in batch)
-    assert all(not {1, 2} <= set(batch) for batch in batches) and any(len(batch) > 1 for batch in batches)
-
-
-async def test_a_full_queue_and_a_dropped_model(autojump_clock: trio.testing.MockClock) -> None:
-    engine = make_engine([], max_queue=2)
-    engine.waiting = [serve.Job((), 0, 1), serve.Job((), 0, 1)]
-    with pytest.raises(serve.APIError) as full:
-        engine.check_queue()
-    engine.waiting = [serve.Job((), 0, 1, num_bytes=2 << 30)]
-    with pytest.raises(serve.APIError) as heavy:
-        engine.check_queue()
-    engine.waiting, engine.stopped = [], True
-    with pytest.raises(serve.APIError) as gone:
-        engine.check_queue()
-    assert [refusal.value.status for refusal in (full, heavy, gone)] == [429, 429, 503]
+async def test_an_encoder_is_loaded_on_demand_and_dropped_like_any_model(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "locate_on_hub", lambda name: lambda: serve.Checkpoint(str(weights.minilm())))
+    async with pool(tiny) as models:
+        with pytest.raises(serve.APIError) as refusal:
+            await models.get("org/minilm")
+        assert (refusal.value.status, refusal.value.param) == (400, "model")
+        engine = await models.get("org/minilm", ["encoder"])
+        (vector,) = await serve.encoded(engine, [serve.Prompt([101, 7592, 102])])
+        assert abs(vector.norm() - 1) < 1e-5 and models.names() == [str(tiny), "org/minilm"]
+        assert not models.drop_idle(60) and models.drop_idle(0) and engine.stopped and models.names() == [str(tiny)]
+        with pytest.raises(serve.APIError) as gone:
+            await serve.encoded(engine, [serve.Prompt([101, 102])])
+        assert gone.value.status == 503
