@@ -3869,7 +3869,7 @@ async def transcript_events(engine: BatchEngine, job: Job) -> AsyncIterator[dict
     transcript = job.result
     if transcript["text"].startswith(told) and (rest := transcript["text"][len(told):]):
         yield {"type": "transcript.text.delta", "delta": rest}
-    yield {"type": "transcript.text.done", "text": transcript["text"], "usage": transcript["usage"]}
+    yield {"type": "transcript.text.done", "text": transcript["text"]}
 
 
 def transcript_response(transcript: dict[str, Any], body: AudioRequest) -> Response:

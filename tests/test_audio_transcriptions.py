@@ -82,7 +82,7 @@ def written(samples: numpy.ndarray, container: str, codec: str, rate: int = 1600
 
 
 CONTAINERS = [("wav", "pcm_s16le", 16000), ("wav", "pcm_f32le", 44100), ("flac", "flac", 48000), ("mp3", "libmp3lame", 44100),
-              ("ogg", "flac", 44100), ("ogg", "libopus", 48000), ("ipod", "aac", 44100), ("mp4", "aac", 44100),
+              ("ogg", "libopus", 48000), ("ipod", "aac", 44100), ("mp4", "aac", 44100),
               ("webm", "libopus", 48000)]
 
 
@@ -234,7 +234,7 @@ REFUSED = [
 def test_what_cannot_be_honoured_is_refused_by_name(heard: ServerProcess, fields: dict, param: str) -> None:
     response = post(heard, written(sound(), "wav", "pcm_s16le"), **fields)
     assert response.status_code == (404 if "nobody" in str(fields) else 400)
-    assert response.json()["error"]["param"] == param and set(response.json()["error"]) == {"message", "type", "param", "code"}
+    assert response.json()["error"]["param"].startswith(param) and set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
 def test_bad_forms(heard: ServerProcess) -> None:
@@ -304,7 +304,7 @@ def test_a_model_without_times_is_heard_by_transformers_pipeline(tmp_path: Path)
         inputs = extractor(samples, sampling_rate=16000, return_tensors="pt")
         (want,) = tokenizer.batch_decode(network(inputs.input_values).logits.argmax(-1))
         (got,) = serve.transcribe(model, [job], serve.Hearing("transcribe", None, None, 0.0, False), 1)
-    assert got["text"] == want.strip() and len(want) > 5 and got["duration"] == 2
+    assert got["text"] == want.strip() and len(want) > 5 and got["usage"]["seconds"] == 2
     for fields, param in (({"language": "en"}, "language"), ({"prompt": "x"}, "prompt"), ({"temperature": 0.5}, "temperature"),
                           ({"response_format": "srt"}, "response_format")):
         with pytest.raises(serve.APIError) as refusal:

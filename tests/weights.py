@@ -200,7 +200,7 @@ def convert_whisper(raw: bytes, tokenizer: Path, settings: dict, folder: Path) -
 
 def words(text: str) -> list[str]:
     """Return the words of a text as they sound: no case, no punctuation."""
-    return "".join(c for c in text.lower().replace("-", " ") if c.isalnum() or c in " '").replace("mr ", "mister ").split()
+    return "".join(c for c in text.lower().replace("-", " ") if c.isalnum() or c.isspace() or c == "'").replace("mr ", "mister ").split()
 
 
 def word_errors(said: str, heard: str) -> int:
