@@ -234,7 +234,8 @@ REFUSED = [
 def test_what_cannot_be_honoured_is_refused_by_name(heard: ServerProcess, fields: dict, param: str) -> None:
     response = post(heard, written(sound(), "wav", "pcm_s16le"), **fields)
     assert response.status_code == (404 if "nobody" in str(fields) else 400)
-    assert response.json()["error"]["param"].startswith(param) and set(response.json()["error"]) == {"message", "type", "param", "code"}
+    error = response.json()["error"]
+    assert error["param"].startswith(param) and set(error) == {"message", "type", "param", "code"}
 
 
 def test_bad_forms(heard: ServerProcess) -> None:

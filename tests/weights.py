@@ -200,7 +200,8 @@ def convert_whisper(raw: bytes, tokenizer: Path, settings: dict, folder: Path) -
 
 def words(text: str) -> list[str]:
     """Return the words of a text as they sound: no case, no punctuation."""
-    return "".join(c for c in text.lower().replace("-", " ") if c.isalnum() or c.isspace() or c == "'").replace("mr ", "mister ").split()
+    kept = "".join(c for c in text.lower().replace("-", " ") if c.isalnum() or c.isspace() or c == "'")
+    return ["mister" if word == "mr" else word for word in kept.split()]
 
 
 def word_errors(said: str, heard: str) -> int:
