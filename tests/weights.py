@@ -186,8 +186,9 @@ def convert_whisper(raw: bytes, tokenizer: Path, settings: dict, folder: Path) -
     found = network.load_state_dict(state, strict=False)
     assert not found.unexpected_keys and not found.missing_keys, found
     is_multilingual = vocab_size >= 51865
-    languages = {"task": "transcribe", "lang_to_id": {token: id for token, id in ids.items() if id in set(settings["lang_ids"])},
-                 "task_to_id": {task: ids[f"<|{task}|>"] for task in ("transcribe", "translate")}} if is_multilingual else {}
+    languages = {"lang_to_id": {token: id for token, id in ids.items() if id in set(settings["lang_ids"])},
+                 "task_to_id": {task: ids[f"<|{task}|>"] for task in ("transcribe", "translate")},
+                 "task": "transcribe"} if is_multilingual else {}
     network.generation_config = transformers.GenerationConfig(
         max_length=448, no_timestamps_token_id=ids["<|notimestamps|>"], prev_sot_token_id=ids["<|startofprev|>"],
         suppress_tokens=[id for id in settings["suppress_ids"] if id >= 0], max_initial_timestamp_index=50,
