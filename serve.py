@@ -58,7 +58,7 @@ import zlib
 from array import array
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -2215,13 +2215,20 @@ MAX_WINDOWS = 8  # of 30 s of speech in a batch: Whisper's encoder is as fast wi
 
 
 async def beside(function: Callable[[], Any]) -> Any:
-    """Run a long computation beside the steps of the engines, which go first: on half of the cores."""
+    """Run a long computation beside the steps of the engines, on half of the cores and when these have time.
+
+    Measured on two cores: a chat's tokens came every 5.7 ms alone, every 7.6 beside a transcription so, and every 21.3 beside
+    one of niceness 10, since whoever wakes up goes first only before what is idle.
+    """
     def work() -> Any:
         torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # of two cores that is one: no team, which would spin
+        if sys.platform == "linux":
+            with suppress(OSError):  # where a sandbox forbids it
+                os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
         with torch.inference_mode():
             return function()
 
-    return await trio.to_thread.run_sync(on_its_own_thread, work, 10, abandon_on_cancel=True)
+    return await trio.to_thread.run_sync(on_its_own_thread, work, abandon_on_cancel=True)
 
 
 @dataclass(slots=True, eq=False)
