@@ -3776,7 +3776,8 @@ async def hear(task: str) -> Response:
     rate = engine.model.processor.feature_extractor.sampling_rate
     sound = await trio.to_thread.run_sync(read_audio, file, rate, limiter=app.decoding)
     windows = -(-len(sound) // (WINDOW_SECONDS * rate))
-    job = Job((transcribe, wanted, windows), sound, windows, sound.nbytes)
+    size = MAX_WINDOWS if wanted.words else windows  # words take the attention of every token: not of a batch
+    job = Job((transcribe, wanted, windows), sound, size, sound.nbytes)
     engine.check_queue()
     events = transcript_events(engine, job)
     if body.stream:
@@ -4013,10 +4014,11 @@ class Listener(transformers.StoppingCriteria):
 def sitting_in(network: transformers.PreTrainedModel, listener: Listener) -> Iterator[None]:
     """Let the listener hear the network; its encoder keeps the last result, since what tells a language is heard next.
 
-    Words want the attention of the decoder alone, but generate would have the encoder's too, and leave the network slower.
+    Words want the attention of the decoder alone: generate would have the encoder's too, keep all of it, with the scores, for
+    every window (gigabytes of an hour), and leave the network slower.
     """
     encoder, attention, last = network.get_encoder(), network.config._attn_implementation, []
-    encode = encoder.forward
+    encode, retrieve = encoder.forward, network._retrieve_segment
 
     def encode_once(features: Tensor | None = None, **inputs: Any) -> Any:
         features = inputs["input_features"] if features is None else features
@@ -4024,13 +4026,19 @@ def sitting_in(network: transformers.PreTrainedModel, listener: Listener) -> Ite
             last[:] = features, encode(features)
         return last[1]
 
-    encoder.forward = encode_once
+    def retrieve_little(**arguments: Any) -> tuple[list[dict[str, Any]], Any]:
+        segments, offset = retrieve(**arguments)
+        for segment in segments if arguments["return_token_timestamps"] else ():
+            segment["result"] = {"token_timestamps": segment["result"]["token_timestamps"]}
+        return segments, offset
+
+    encoder.forward, network._retrieve_segment = encode_once, retrieve_little
     hook = network.register_forward_hook(listener.hear, with_kwargs=True)
     try:
         yield
     finally:
         hook.remove()
-        del encoder.forward
+        del encoder.forward, network._retrieve_segment
         network.config._attn_implementation = attention
 
 
