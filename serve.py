@@ -2214,14 +2214,14 @@ MAX_WAITING_BYTES = 1 << 30  # of all inputs that one model has to compute
 MAX_WINDOWS = 8  # of 30 s of speech in a batch: Whisper's encoder is as fast with one, its decoder is not
 
 
-async def beside(function: Callable[[], Any]) -> Any:
-    """Run a long computation beside the steps of the engines, on half of the cores and when these have time.
+async def beside(num_threads: int, function: Callable[[], Any]) -> Any:
+    """Run a long computation beside the steps of the engines, when these have time.
 
-    Measured on two cores: a chat's tokens came every 5.7 ms alone, every 7.6 beside a transcription so, and every 21.3 beside
-    one of niceness 10, since whoever wakes up goes first only before what is idle.
+    Measured on two cores: a chat's tokens came every 5 ms alone, every 7 beside a transcription, and every 21 beside one of
+    niceness 10 on one thread: who wakes up goes first, at once, only before what is idle.
     """
     def work() -> Any:
-        torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # of two cores that is one: no team, which would spin
+        torch.set_num_threads(num_threads)
         if sys.platform == "linux":
             with suppress(OSError):  # where a sandbox forbids it
                 os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
@@ -2388,7 +2388,8 @@ class ModelPool:
 
     def __init__(self, config: Config, nursery: trio.Nursery) -> None:
         self.config, self.nursery = config, nursery
-        self.thread = EngineThread(config.threads)
+        self.num_threads = config.threads or torch.get_num_threads()
+        self.thread = EngineThread(self.num_threads)
         named = [config.force_model] if config.force_model else list(config.models) or [DEFAULT_MODEL]
         self.named = list(dict.fromkeys(name.removesuffix("@main") for name in named))
         bases = {self.default, self.public_id(self.default)}
@@ -2493,7 +2494,7 @@ class ModelPool:
 
     def build(self, loaded: Loaded, checkpoint: Checkpoint) -> Engine | BatchEngine:
         """Load a checkpoint and everything that runs it. Takes seconds: not for the trio thread."""
-        torch.set_num_threads(self.config.threads or torch.get_num_threads())
+        torch.set_num_threads(self.num_threads)
         kernel, name = choose_attention(self.config.attention, torch.device(self.config.device))
         model = load_model(loaded.name, checkpoint, self.config, loaded.name == self.default,
                            functools.partial(setattr, loaded, "stage"))
@@ -2501,7 +2502,8 @@ class ModelPool:
         if model.kind != "text":
             if model.device.type == "cpu":
                 linear_cpu.pack_linears(model.network)
-            on = (beside, MAX_WINDOWS) if model.kind == "speech" else (self.thread, budget)
+            aside = functools.partial(beside, self.num_threads)
+            on = (aside, MAX_WINDOWS) if model.kind == "speech" else (self.thread, budget)
             return BatchEngine(model, *on, self.config.max_queue)
         runner, num_blocks = make_runner(model, kernel, self.config)
         for module in model.network.modules():

@@ -1,4 +1,5 @@
 """The queue of models that answer whole inputs: what is computed together, what fails alone, who is turned away."""
+import functools
 import types
 from collections.abc import Callable
 
@@ -72,7 +73,7 @@ async def test_news_come_in_order_and_before_the_result() -> None:
             jobs[0].tell(text)
         return ["abc"]
 
-    engine = serve.BatchEngine(types.SimpleNamespace(id="fake"), serve.beside, 8, 8)
+    engine = serve.BatchEngine(types.SimpleNamespace(id="fake"), functools.partial(serve.beside, 1), 8, 8)
     job = serve.Job((compute,), None, 1)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(engine.run)
