@@ -3930,7 +3930,7 @@ def transcribe(model: Model, jobs: list[Job], wanted: Hearing, windows: int) -> 
         heard = network.generate(
             features, attention_mask=mask, return_timestamps=True, return_segments=True, prompt_ids=prompt,
             return_token_timestamps=wanted.words, temperature=wanted.temperature, stopping_criteria=[listener],
-            monitor_progress=listener.enter, **options)
+            monitor_progress=listener.enter, logits_processor=[listener.weigh], **options)
     return [transcript(model, job, wanted, language[2:-2], segments, heard_in)
             for job, language, segments, heard_in in zip(jobs, languages, heard["segments"], listener.windows)]
 
@@ -3941,7 +3941,7 @@ def audio_usage(seconds: float) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class Window:
-    """What is known of a window of one sound: log-probabilities are of raw logits."""
+    """What is known of a window of one sound."""
 
     start: float  # seconds
     no_speech: float = 0.0
@@ -3978,13 +3978,17 @@ class Listener(transformers.StoppingCriteria):
             self.windows[i].append(Window(self.progress[i][0] / 100))
 
     def hear(self, _: torch.nn.Module, __: tuple, inputs: dict[str, Any], output: Any) -> None:
-        """Take the logits [rows, tokens, vocab] of a step; at a window's first those after its start tell silence."""
+        """Take the logits [rows, tokens, vocab] of a window's first step: those after its start tell silence."""
         if self.rows and self.start is None:
             begin = (inputs["decoder_input_ids"][0] == self.model.generation.decoder_start_token_id).nonzero()[-1, 0]
             silence = output.logits[:, begin].float().softmax(-1)[:, self.first_time - 2].tolist()
             for i, probability in zip(self.rows, silence):
                 self.windows[i][-1].no_speech = probability
-        self.logprobs = output.logits[:, -1].float().log_softmax(-1)
+
+    def weigh(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Take the scores [rows, vocab] of a step as Whisper's own rules leave them, which is how others weigh them too."""
+        self.logprobs = scores.float().log_softmax(-1)
+        return scores
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         """Take the tokens [rows, tokens] that a step brought to an end; return which rows to end."""
