@@ -189,7 +189,8 @@ def test_longer_than_a_window_with_times(heard: ServerProcess, clips: Path) -> N
         edges = [edge for part in parts for edge in (part.start, part.end)]
         assert edges == sorted(edges) and edges[0] < 1.5 and 40 < edges[-1] <= answer.duration
     weighed = [(segment.avg_logprob, segment.no_speech_prob) for segment in answer.segments]
-    assert all(-1 < logprob < 0 and 0 < silence < 1 for logprob, silence in weighed), weighed
+    assert all(-1 < logprob < 0 < silence < 1 for logprob, silence in weighed), weighed
+    assert abs(weighed[0][1] - 0.667) < 0.1  # what the plain network gives <|nocaptions|> right after its start
     assert {segment.seek for segment in answer.segments} > {0}  # there was more than one window
 
 
