@@ -15,8 +15,8 @@ The life of a request, top to bottom of this file and back:
     deltas             turns tokens into text, stops at stop strings; chat_chunks makes them chunks, sent or folded
 
 Contents: Configuration · Paged KV cache · Sequences · Scheduler · Model · Runner · Fusion · Sampling · Structured output ·
-Engine · Model pool · Prompts · Deltas · HTTP · Sampling fields · MCP tools · Chat completions · Completions · Responses ·
-Models, health, metrics · Chat page · Main.
+Engine · Batch engine · Model pool · Prompts · Deltas · HTTP · Sampling fields · MCP tools · Chat completions · Completions ·
+Responses · Audio transcriptions · Embeddings · Models, health, metrics · Chat page · Main.
 Each banner is the name of its test file.
 """
 from __future__ import annotations
@@ -36,6 +36,7 @@ import hmac
 import html
 import importlib
 import inspect
+import io
 import itertools
 import json
 import logging
@@ -92,8 +93,10 @@ import hypercorn.trio.run
 import llguidance
 import llguidance.hf
 import msgspec
+import numpy
 import outcome
 import psutil
+import safetensors.torch
 import torch
 import transformers
 import trio
@@ -557,6 +560,7 @@ class SamplingParams:
     logprobs: int | None = None  # None: no log-probabilities; k: of the chosen token and of the k most likely
     score_prompt: bool = False  # the prompt's tokens get log-probabilities too
     grammar: llguidance.LLMatcher | None = None  # at its start; every sequence follows a copy of its own
+    embed: bool = False  # what the network makes of the prompt's last token is wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -600,6 +604,7 @@ class Sequence:
     admitted_at: float = 0.0
     first_token_at: float | None = None
     last_token_at: float = 0.0
+    embedding: Tensor | None = None  # [hidden]
 
     @property
     def num_generated_tokens(self) -> int:
@@ -803,6 +808,10 @@ CODES = "weights.codes"  # beside a converted checkpoint: what GGUF left of its 
 CHECKPOINT_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
 
 
+KINDS = {"text": "generates text", "speech": "transcribes speech", "encoder": "embeds texts"}
+PoolingStep = Callable[[Tensor, Tensor], Tensor]  # from hidden states or a vector, and the mask of the tokens
+
+
 @dataclass(slots=True)
 class Model:
     """A loaded checkpoint: its network, its tokenizer, and what the rest of the server asks of them."""
@@ -820,6 +829,9 @@ class Model:
     created: int
     adapters: frozenset[str] = frozenset()
     active: str | None = None  # the adapter that the network computes with now
+    kind: str = "text"  # one of KINDS
+    processor: Any = None  # of speech: what turns audio into the network's input
+    pooling: list[PoolingStep] = field(default_factory=list)  # of an encoder
 
     @property
     def device(self) -> torch.device:
@@ -993,15 +1005,37 @@ def attach_codes(network: transformers.PreTrainedModel, checkpoint: Checkpoint) 
         network.get_submodule(name).grouped = grouped
 
 
+def kind_of(checkpoint: Checkpoint, config: transformers.PreTrainedConfig) -> tuple[str, type]:
+    """Return which of KINDS a checkpoint is, by the class that it was saved from, and what of transformers loads it."""
+    auto, saved_from, family = transformers.models.auto.modeling_auto, (config.architectures or [""])[0], config.model_type
+
+    def is_from(*mappings: dict[str, str]) -> bool:
+        return saved_from in {mapping.get(family) for mapping in mappings}
+
+    if is_from(auto.MODEL_FOR_CTC_MAPPING_NAMES):
+        return "speech", transformers.AutoModelForCTC
+    if is_from(auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES) and family not in auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES:
+        return "speech", transformers.AutoModelForSpeechSeq2Seq
+    if is_from(auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES):
+        return "encoder", transformers.AutoModelForTextEncoding
+    masked = family in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_encoder_decoder and is_from(
+        auto.MODEL_MAPPING_NAMES, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES)
+    if Path(checkpoint.folder, "modules.json").exists() or masked and not is_from(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        return "encoder", transformers.AutoModel
+    return "text", transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+
+
 def load_network(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool, **placement: Any) -> transformers.PreTrainedModel:
     """Load the weights, onto the CPU unless `placement` says otherwise; GGUF is dequantised."""
     options = {"trust_remote_code": trust_remote_code}
     if checkpoint.gguf:
         options["gguf_file"] = checkpoint.gguf
     config = transformers.AutoConfig.from_pretrained(checkpoint.folder, **options)
-    auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    kind, auto = kind_of(checkpoint, config)
     if checkpoint.gguf and dtype == "auto":
         dtype = "bfloat16"
+    if dtype == "auto" and kind != "text" and placement.get("device_map") == {"": "cpu"}:  # where float16 is slow
+        dtype = "bfloat16" if kind == "speech" and torch.cpu._is_avx512_bf16_supported() else "float32"
     if quantised := getattr(config, "quantization_config", None):
         if "quantization_config" in placement:
             raise ValueError("its weights are quantised already: leave out --quantization")
@@ -1049,8 +1083,61 @@ def adapter_key(name: str) -> str:
     return f"<{name}>"
 
 
+def read_settings(path: Path) -> Any:
+    """Return what a JSON file holds, or nothing if there is none."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def pooling_steps(folder: Path, network: transformers.PreTrainedModel) -> list[PoolingStep]:
+    """Return what makes a vector of hidden states: the checkpoint's sentence-transformers modules, or else their mean."""
+    steps: list[PoolingStep] = []
+    for module in read_settings(folder / "modules.json"):
+        kind, settings = module["type"].rpartition(".")[2], read_settings(folder / module["path"] / "config.json")
+        if kind == "Pooling":  # before its version 5 it wrote a flag for each of the modes
+            flags = [name[13:] for name, on in settings.items() if name.startswith("pooling_mode_") and on]
+            modes = settings.get("pooling_mode") or flags
+            modes = [modes] if isinstance(modes, str) else modes
+            steps.append(functools.partial(pool_states, [re.sub("_tokens?$", "", mode) for mode in modes]))
+        elif kind == "Dense":
+            steps.append(dense_step(folder / module["path"], settings, network))
+        elif kind == "Normalize":
+            steps.append(normalise)
+        elif kind != "Transformer":
+            raise ValueError(f"its module {kind} is not supported")
+    return steps or [functools.partial(pool_states, ["mean"]), normalise]
+
+
+def pool_states(modes: list[str], states: Tensor, mask: Tensor) -> Tensor:
+    """Return a vector for each text, of every mode one after the other. states [texts, tokens, width]; mask [texts, tokens, 1].
+
+    As published: https://sbert.net/docs/package_reference/sentence_transformer/modules.html
+    """
+    weights, lengths = mask.cumsum(1) * mask, mask.sum(1)
+    pools = {
+        "cls": lambda: states[:, 0],
+        "lasttoken": lambda: states[torch.arange(len(states), device=states.device), lengths[:, 0].long() - 1],
+        "mean": lambda: (states * mask).sum(1) / lengths,
+        "mean_sqrt_len": lambda: (states * mask).sum(1) / lengths.sqrt(),
+        "weightedmean": lambda: (states * weights).sum(1) / weights.sum(1),
+        "max": lambda: states.masked_fill(mask == 0, -math.inf).amax(1),
+    }
+    return torch.cat([pools[mode]() for mode in modes], dim=-1)
+
+
+def dense_step(folder: Path, settings: dict[str, Any], network: transformers.PreTrainedModel) -> PoolingStep:
+    """Return a layer that follows the pooling, with its weights."""
+    activation = getattr(torch.nn, settings.get("activation_function", "Tanh").rpartition(".")[2])()
+    weights = safetensors.torch.load_file(folder / "model.safetensors", device=str(network.device))
+    weight, bias = weights["linear.weight"].float(), weights.get("linear.bias")
+    return lambda vectors, _: activation(torch.nn.functional.linear(vectors, weight, bias if bias is None else bias.float()))
+
+
+def normalise(vectors: Tensor, _: Tensor | None = None) -> Tensor:
+    return torch.nn.functional.normalize(vectors, dim=-1)
+
+
 def load_model(name: str, checkpoint: Checkpoint, config: Config, first: bool, report: Callable[[str], None]) -> Model:
-    """Load a checkpoint. Raises APIError 400 for one that transformers cannot run as a text model."""
+    """Load a checkpoint. Raises APIError 400 for one that transformers cannot run."""
     options = {"gguf_file": checkpoint.gguf} if checkpoint.gguf else {}
     options["trust_remote_code"] = config.trust_remote_code
     try:
@@ -1065,23 +1152,32 @@ def load_model(name: str, checkpoint: Checkpoint, config: Config, first: bool, r
             add_adapter(network, adapter, folder)
         if not adapters:
             bitsandbytes_cpu.pack(network)
+        kind, folder = kind_of(checkpoint, network.config)[0], Path(checkpoint.folder)
+        processor = transformers.AutoProcessor.from_pretrained(folder, **options) if kind == "speech" else None
+        pooling = pooling_steps(folder, network) if kind == "encoder" else []
     except Exception as error:  # files and code that are not ours: whatever they raise, this model cannot be had
         log.debug("load", exc_info=True)
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise APIError(400, f"The model {name!r} cannot be loaded: {reason}", "model_not_supported", "model") from error
     if first and config.chat_template:
         tokenizer.chat_template = Path(config.chat_template).read_text()
-    if ignored := [name for name in IGNORED_GENERATION_SETTINGS if getattr(network.generation_config, name, None)]:
+    generation = getattr(network, "generation_config", None) or transformers.GenerationConfig()
+    ignored = [name for name in IGNORED_GENERATION_SETTINGS if getattr(generation, name, None)]
+    if ignored and kind == "text":
         log.warning("%s: its generation config asks for what is not done: %s", name, ", ".join(ignored))
-    generation, text = network.generation_config, network.config.get_text_config(decoder=True)
+    text = network.config.get_text_config(decoder=True)
     eos = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
     longest = getattr(text, "max_position_embeddings", None) or min(tokenizer.model_max_length, 1 << 15)
+    if kind == "encoder":
+        cut = read_settings(folder / "sentence_bert_config.json").get("max_seq_length")
+        longest = min(longest, tokenizer.model_max_length, cut or longest)
     return Model(
         id=name, network=network, tokenizer=tokenizer, generation=generation, vocab_size=text.vocab_size,
         eos_token_ids=frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos]),
         max_model_len=min(longest, config.max_model_len or longest), created=int(time.time()), adapters=frozenset(adapters),
         special_ids=frozenset(tokenizer.all_special_ids), longest_token=max(map(len, tokenizer.get_vocab())),
-        byte_level="ByteLevel" in repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)))
+        byte_level="ByteLevel" in repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)),
+        kind=kind, processor=processor, pooling=pooling)
 
 
 def return_memory() -> None:
@@ -1178,6 +1274,7 @@ class PagedRunner:
         self.caches: dict[int, tuple[Tensor, Tensor]] = {}
         self.batch: Ragged | None = None
         self.calls, self.options = 0, {}  # how often `attend` was called, and with which arguments by layer
+        self.states: Tensor | None = None  # [1, samples, hidden] or [1, tokens, hidden]: what the logits were computed from
         self.keeps_logits = "logits_to_keep" in inspect.signature(model.network.forward).parameters
 
     def layer_cache(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -1215,6 +1312,16 @@ class PagedRunner:
         finally:
             _step.runner = None  # a dropped model's memory must not hang on here
         return out.logits[0] if self.keeps_logits else out.logits[0, self.batch.logits_rows]
+
+
+    def watch_states(self) -> None:
+        """See what the network's head gets from now on."""
+        if head := self.model.network.get_output_embeddings():
+            head.register_forward_pre_hook(lambda _, arguments: setattr(self, "states", arguments[0]))
+
+    def last_state(self, row: int) -> Tensor:
+        """Return what a row of the last batch's logits was computed from [hidden]."""
+        return self.states[0, row if self.keeps_logits else self.batch.logits_rows[row]].float()
 
 
 class SequentialRunner:
@@ -1530,6 +1637,7 @@ def make_runner(model: Model, kernel: Callable[..., Tensor], config: Config) -> 
         fuse_layers(runner)
     if model.device.type == "cpu" and not model.adapters:
         linear_cpu.pack_linears(model.network)
+    runner.watch_states()
     after = advance(runner, {scratch_sequences(runner, 40)[0]: 40})  # what was patched and packed, together, once
     if not (difference := relative_error(after, before)) < 0.1:
         raise APIError(400, f"The model {model.id!r} cannot be run: fused, its logits differ by {difference:.1e}",
@@ -2075,6 +2183,10 @@ class Engine:
         self.last_used = time.monotonic()
 
     @property
+    def idle(self) -> bool:
+        return self.scheduler.idle
+
+    @property
     def max_len(self) -> int:
         """Tokens, prompt and answer together, that one sequence can have."""
         return min(self.model.max_model_len, self.scheduler.pool.capacity)
@@ -2102,15 +2214,15 @@ class Engine:
         if waiting + len(stream.sequences) > self.max_queue:
             raise APIError(429, f"{waiting} sequences are waiting: try again later.", "queue_full")
 
-    def check_length(self, prompt: Prompt) -> None:
-        """Raise APIError 400 unless the prompt leaves room for a token."""
+    def check_length(self, prompt: Prompt, room: int = 1) -> None:
+        """Raise APIError 400 unless the prompt leaves room for a token, or as many."""
         length = len(prompt.token_ids)
         if length == 0:
             raise APIError(400, "The prompt is empty.", "empty_prompt")
         if max(prompt.token_ids) >= self.model.vocab_size:  # a tokenizer may know more tokens than its model
             raise APIError(400, f"The prompt has a token id outside the vocabulary of {self.model.vocab_size}.",
                            "invalid_value")
-        if length >= self.max_len:
+        if length + room > self.max_len:
             raise APIError(400, f"This model's maximum context length is {self.max_len} tokens, but the prompt alone has "
                            f"{length}.", "context_length_exceeded")
 
@@ -2192,6 +2304,9 @@ class Engine:
         """
         soon(self.tell)
         logits = self.runner.forward(batch)
+        for row, seq in enumerate(receivers):
+            if seq.sampling.embed:
+                seq.embedding = self.runner.last_state(row)
         return sample(logits[:len(receivers)], receivers), score(logits[len(receivers):], batch)
 
     def deliver_scores(self, scores: dict[Sequence, list[Token]]) -> None:
@@ -2294,6 +2409,145 @@ def token_bytes(model: Model, id: int) -> bytes:
     return piece.replace("\u2581", " ").encode()
 
 
+# ── Batch engine ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# The other waist, of models that answer whole inputs: what waits and has equal options is computed together.
+
+MAX_WAITING_BYTES = 1 << 30  # of all inputs that one model has to compute
+MAX_WINDOWS = 8  # of 30 s of speech in a batch: Whisper's encoder is as fast with one, its decoder is not
+
+
+async def beside(num_threads: int, function: Callable[[], Any]) -> Any:
+    """Run a long computation beside the steps of the engines, when these have time.
+
+    Measured on two cores: a chat's tokens came every 5 ms alone, every 7 beside a transcription, and every 21 beside one of
+    niceness 10 on one thread: who wakes up goes first, at once, only before what is idle.
+    """
+    def work() -> Any:
+        torch.set_num_threads(num_threads)
+        if sys.platform == "linux":
+            with suppress(OSError):  # where a sandbox forbids it
+                os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
+        with torch.inference_mode():
+            return function()
+
+    return await trio.to_thread.run_sync(on_its_own_thread, work, abandon_on_cancel=True)
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One input of a request. `key` is the function that computes a list of jobs, and its options."""
+
+    key: tuple
+    value: Any
+    size: int  # in the unit of the engine's budget
+    num_bytes: int = 0
+    news: list[str] = field(default_factory=list)  # told while it is computed, and not looked at
+    result: Any = None
+    error: APIError | None = None  # instead of a result
+    closed: bool = False  # nobody wants it any more
+    changed: trio.Event = field(default_factory=trio.Event)
+    token: trio.lowlevel.TrioToken = field(default_factory=trio.lowlevel.current_trio_token)
+
+    def tell(self, text: str) -> None:
+        """Let the request's task know of news, from the thread that computes."""
+        self.token.run_sync_soon(self.news.append, text)
+        self.token.run_sync_soon(lambda: self.changed.set())
+
+
+class BatchEngine:
+    """One model's queue of jobs; the model computes them, on a thread, in batches that fit the budget."""
+
+    check_length = Engine.check_length
+
+    def __init__(self, model: Model, run_on: Callable[[Callable[[], Any]], Any], budget: int, max_queue: int) -> None:
+        self.model, self.run_on, self.budget, self.max_queue = model, run_on, budget, max_queue
+        self.waiting: list[Job] = []
+        self.running: list[Job] = []
+        self.work = trio.Event()
+        self.stopped = False
+        self.last_used = time.monotonic()
+
+    @property
+    def idle(self) -> bool:
+        return not (self.waiting or self.running)
+
+    @property
+    def max_len(self) -> int:
+        return self.model.max_model_len
+
+    def check_queue(self) -> None:
+        """Raise APIError 429 if the queue is full, 503 if the model is gone."""
+        if self.stopped:
+            raise APIError(503, "The model was just unloaded: try again.", "model_unloaded")
+        num_bytes = sum(job.num_bytes for job in self.waiting + self.running)
+        if len(self.waiting) >= self.max_queue or num_bytes > MAX_WAITING_BYTES:
+            raise APIError(429, f"{len(self.waiting)} inputs are waiting: try again later.", "queue_full")
+
+    async def follow(self, jobs: list[Job]) -> AsyncIterator[str]:
+        """Queue jobs and yield what is told of them until each has its result; closing this withdraws them.
+
+        Raises APIError for the first that has none.
+        """
+        self.check_queue()
+        self.waiting += jobs
+        self.work.set()
+        try:
+            for job in jobs:
+                while job.news or job.result is job.error is None:
+                    if job.news:
+                        yield job.news.pop(0)
+                    else:
+                        job.changed = trio.Event()
+                        await job.changed.wait()
+                if job.error:
+                    raise job.error
+        finally:
+            self.last_used = time.monotonic()
+            for job in jobs:
+                job.closed = True
+
+    async def run(self) -> None:
+        """Compute batch after batch, for ever; asleep while nothing waits."""
+        while True:
+            self.work = trio.Event()
+            self.waiting = [job for job in self.waiting if not job.closed]
+            if not self.waiting:
+                await self.work.wait()
+            else:
+                self.running = self.take()
+                await self.compute(self.running)
+                self.running = []
+
+    def take(self) -> list[Job]:
+        """Take from the queue the oldest job, and of those with its key the ones nearest to it in size, while they fit."""
+        oldest, batch = self.waiting[0], []
+        alike = [job for job in self.waiting if job.key == oldest.key]
+        for job in sorted(alike, key=lambda job: abs(job.size - oldest.size)):
+            if batch and (len(batch) + 1) * max(other.size for other in (job, *batch)) > self.budget:
+                break
+            batch.append(job)
+        taken = set(map(id, batch))
+        self.waiting = [job for job in self.waiting if id(job) not in taken]
+        return batch
+
+    async def compute(self, jobs: list[Job]) -> None:
+        """Give jobs their results; where a batch fails, each is tried alone."""
+        function, *options = jobs[0].key
+        try:
+            results = await self.run_on(functools.partial(function, self.model, jobs, *options))
+            for job, job.result in zip(jobs, results, strict=True):
+                job.changed.set()
+        except Exception as error:  # of the model's own code, about one of the inputs perhaps
+            if len(jobs) > 1:
+                for job in jobs:
+                    if not job.closed:
+                        await self.compute([job])
+            elif not jobs[0].closed:
+                log.error("%s: an input failed", self.model.id, exc_info=error)
+                jobs[0].error = APIError(500, "The model failed on this input.", "model_failed")
+                jobs[0].changed.set()
+
+
 # ── Model pool ────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Decides which models are in memory: loads them at the start and on demand, drops the idle ones. An engine runs per model.
 
@@ -2326,7 +2580,7 @@ class Loaded:
     pinned: bool  # named on the command line: never dropped
     ready: trio.Event = field(default_factory=trio.Event)
     stage: str = "download"
-    engine: Engine | None = None
+    engine: Engine | BatchEngine | None = None
     error: APIError | None = None
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
@@ -2336,7 +2590,8 @@ class ModelPool:
 
     def __init__(self, config: Config, nursery: trio.Nursery) -> None:
         self.config, self.nursery = config, nursery
-        self.thread = EngineThread(config.threads)
+        self.num_threads = config.threads or torch.get_num_threads()
+        self.thread = EngineThread(self.num_threads)
         named = [config.force_model] if config.force_model else list(config.models) or [DEFAULT_MODEL]
         self.named = list(dict.fromkeys(name.removesuffix("@main") for name in named))
         bases = {self.default, self.public_id(self.default)}
@@ -2367,19 +2622,25 @@ class ModelPool:
     async def start(self) -> None:
         """Load what the command line names. Raises APIError."""
         for name in self.named:
-            await self.get(name)
+            await self.get(name, KINDS)
         self.started = True
         gc.collect()
         gc.freeze()  # what a loaded model is made of need not be looked at again
 
-    async def get(self, name: str | None) -> Engine | AdaptedEngine:
-        """Return the engine of a model or an adapter, loading the model if need be. Raises APIError 404 for an unknown one."""
+    async def get(self, name: str | None, kinds: Iterable[str] = ("text",)) -> Engine | AdaptedEngine | BatchEngine:
+        """Return the engine of a model or an adapter, loading the model if need be.
+
+        Raises APIError 404 for an unknown one, 400 for one that is of none of these kinds.
+        """
         loaded = self.request(self.resolve(name))
         await loaded.ready.wait()
         if loaded.error:
             raise copy.copy(loaded.error)
         if loaded.engine is None:  # dropped while this task was not looking
-            return await self.get(name)
+            return await self.get(name, kinds)
+        if (kind := loaded.engine.model.kind) not in kinds:
+            raise APIError(400, f"The model {self.public_id(loaded.name)!r} {KINDS[kind]}: it cannot do this.",
+                           "model_not_supported", "model")
         loaded.engine.last_used = time.monotonic()
         if (adapter := self.adapters.get(name)) is not None:
             return AdaptedEngine(loaded.engine, f"{self.public_id(loaded.name)}:{adapter}", adapter)
@@ -2435,12 +2696,19 @@ class ModelPool:
                 raise gated_model(loaded.name) from error
             raise APIError(404, f"The model {loaded.name!r} cannot be fetched.", "model_not_found", "model") from error
 
-    def build(self, loaded: Loaded, checkpoint: Checkpoint) -> Engine:
+    def build(self, loaded: Loaded, checkpoint: Checkpoint) -> Engine | BatchEngine:
         """Load a checkpoint and everything that runs it. Takes seconds: not for the trio thread."""
-        torch.set_num_threads(self.config.threads or torch.get_num_threads())
+        torch.set_num_threads(self.num_threads)
         kernel, name = choose_attention(self.config.attention, torch.device(self.config.device))
         model = load_model(loaded.name, checkpoint, self.config, loaded.name == self.default,
                            functools.partial(setattr, loaded, "stage"))
+        budget = self.config.max_batch_tokens or (256 if model.device.type == "cpu" else 8192)
+        if model.kind != "text":
+            if model.device.type == "cpu":
+                linear_cpu.pack_linears(model.network)
+            aside = functools.partial(beside, self.num_threads)
+            on = (aside, MAX_WINDOWS) if model.kind == "speech" else (self.thread, budget)
+            return BatchEngine(model, *on, self.config.max_queue)
         runner, num_blocks = make_runner(model, kernel, self.config)
         for module in model.network.modules():
             module.__dict__.pop("grouped", None)  # whoever could take the codes has packed them
@@ -2449,7 +2717,6 @@ class ModelPool:
             k_cache, v_cache = next(iter(runner.caches.values()))
             unfit = kernel is attention_cpu.paged_attention and attention_cpu.unsupported(k_cache[0], v_cache[0], k_cache)
             log.info("%s: %s attention", loaded.name, f"packed SDPA ({unfit})" if unfit else name)
-        budget = self.config.max_batch_tokens or (256 if model.device.type == "cpu" else 8192)
         scheduler = Scheduler(BlockPool(num_blocks, self.config.block_size), budget,
                               self.config.max_running if self.config.continuous_batching else 1, paged=runner.paged)
         engine = Engine(model, runner, scheduler, self.thread, self.config)
@@ -2466,7 +2733,7 @@ class ModelPool:
     def drop_idle(self, seconds: float) -> bool:
         """Drop the model that has been idle longest, if it has been for that long."""
         idle = [loaded for loaded in self.loaded.values() if loaded.engine and not loaded.pinned
-                and loaded.engine.scheduler.idle and time.monotonic() - loaded.engine.last_used >= seconds]
+                and loaded.engine.idle and time.monotonic() - loaded.engine.last_used >= seconds]
         if not idle:
             return False
         loaded = min(idle, key=lambda loaded: loaded.engine.last_used)
@@ -3000,6 +3267,7 @@ class App(QuartTrio):
     models: ModelPool
     settings: Config
     rendering = trio.CapacityLimiter(4)  # threads that turn messages into tokens
+    decoding = trio.CapacityLimiter(2)  # threads that turn files into sound
     tool_servers: dict[str, ToolServer]
     remote_servers: dict[bytes, ToolServer]
     responses: ResponseStore
@@ -3140,10 +3408,15 @@ async def read_body(kind: type) -> Any:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        field = re.search(r"required field `(\w+)`", str(error)) or re.search(r"`\$\.?([^`]*)`$", str(error))
-        raise APIError(400, str(error), "invalid_value", field and field[1].replace("[...]", "") or None) from None
+        raise invalid_field(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise APIError(400, f"The body is not valid JSON: {error}", "invalid_json") from None
+
+
+def invalid_field(error: msgspec.ValidationError) -> APIError:
+    """Return the error that names the field which msgspec found wrong."""
+    field = re.search(r"required field `(\w+)`", str(error)) or re.search(r"`\$\.?([^`]*)`$", str(error))
+    return APIError(400, str(error), "invalid_value", field and field[1].replace("[...]", "") or None)
 
 
 def converted(value: Any, kind: Any, param: str) -> Any:
@@ -4064,12 +4337,12 @@ async def completions() -> Response:
     return event_stream(chunks) if body.stream else json_response(await fold_completion(chunks))
 
 
-def split_prompt(prompt: str | list) -> list[str | list[int]]:
-    """Return the prompts that a request's `prompt` holds. Raises APIError 400 unless it is of one of the four forms."""
+def split_prompt(prompt: str | list, param: str = "prompt") -> list[str | list[int]]:
+    """Return the prompts that a request's field holds. Raises APIError 400 unless it is of one of the four forms."""
     kinds = {str} if isinstance(prompt, str) else set(map(type, prompt))
     if len(kinds) != 1:
-        raise APIError(400, "prompt must be a string, or a list of strings, of token ids, or of lists of token ids.",
-                       "invalid_value", "prompt")
+        raise APIError(400, f"{param} must be a string, or a list of strings, of token ids, or of lists of token ids.",
+                       "invalid_value", param)
     return [prompt] if isinstance(prompt, str) or kinds == {int} else prompt
 
 
@@ -4208,7 +4481,7 @@ async def tokenize_text() -> Response:
         raise APIError(400, f"The prompt has {len(body.prompt)} characters, and at most {MAX_TOKENIZED} are taken.",
                        "invalid_value", "prompt")
     refuse(body, {"messages": (), "return_token_strs": (False,)})
-    engine = await app.models.get(body.model)
+    engine = await app.models.get(body.model, KINDS)
     read = functools.partial(engine.model.tokenizer, body.prompt, add_special_tokens=body.add_special_tokens is not False)
     ids = (await read_prompt(read))["input_ids"]
     return json_response({"tokens": ids, "count": len(ids), "max_model_len": engine.max_len})
@@ -4222,7 +4495,7 @@ async def detokenize() -> Response:
     if len(body.tokens) > MAX_TOKENIZED // 16:
         raise APIError(400, f"There are {len(body.tokens)} token ids, and at most {MAX_TOKENIZED // 16} are taken.",
                        "invalid_value", "tokens")
-    model = (await app.models.get(body.model)).model
+    model = (await app.models.get(body.model, KINDS)).model
     if max(body.tokens, default=0) >= model.vocab_size:
         raise APIError(400, f"tokens has a token id outside the vocabulary of {model.vocab_size}.", "invalid_value", "tokens")
     read = functools.partial(model.tokenizer.decode, body.tokens, clean_up_tokenization_spaces=False)
@@ -4232,7 +4505,7 @@ async def detokenize() -> Response:
 @app.get("/tokenizer_info")
 async def tokenizer_info() -> Response:
     """Answer with what a client needs to know to do without the tokenizer."""
-    tokenizer = (await app.models.get(request.args.get("model"))).model.tokenizer
+    tokenizer = (await app.models.get(request.args.get("model"), KINDS)).model.tokenizer
     names = ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template")
     return json_response({"tokenizer_class": type(tokenizer).__name__, **{name: getattr(tokenizer, name) for name in names}})
 
@@ -4947,6 +5220,447 @@ async def list_input_items(id: str) -> Response:
                           "last_id": page[-1]["id"] if page else None, "has_more": start + len(page) < len(items)})
 
 
+# ── Audio transcriptions ──────────────────────────────────────────────────────────────────────────────────────────────
+# POST /v1/audio/transcriptions and /translations: decodes a file, and leaves the hearing to transformers' own `generate`.
+
+MAX_AUDIO_SECONDS = 3600
+DECODE_SECONDS = 60.0
+WINDOW_SECONDS = 30
+AUDIO_FORMATS = "wav,flac,mp3,ogg,mp4,webm,aac"  # m4a is mp4; and none that can name other files to be read
+AUDIO_REFUSED: dict[str, tuple] = {
+    "chunking_strategy": ("auto",), "include": ([],), "keywords": ([],), "languages": ([],), "known_speaker_names": ([],),
+    "known_speaker_references": ([],), "hotwords": (), "to_language": (), "seed": (), "top_p": (), "top_k": (), "min_p": (),
+    "frequency_penalty": (), "repetition_penalty": (), "presence_penalty": (), "max_completion_tokens": (),
+    "stream_include_usage": (), "stream_continuous_usage_stats": (),
+}
+AudioRefused = msgspec.defstruct("AudioRefused", [(name, Any, None) for name in AUDIO_REFUSED], kw_only=True)
+
+
+class AudioRequest(AudioRefused, kw_only=True):
+    """https://platform.openai.com/docs/api-reference/audio/createTranscription, but for the file."""
+
+    model: str | None = None
+    language: str | None = None
+    prompt: str | None = None
+    response_format: Literal["json", "text", "srt", "verbose_json", "vtt"] = "json"
+    temperature: Probability = 0.0
+    timestamp_granularities: list[Literal["word", "segment"]] = []
+    stream: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Hearing:
+    """What a request wants of the model; those that want the same are heard together."""
+
+    task: str
+    language: str | None  # one that the model knows
+    prompt: str | None
+    temperature: float
+    words: bool
+
+
+@app.post("/v1/audio/transcriptions")
+@takes(AudioRequest, "multipart/form-data")
+async def transcriptions() -> Response:
+    """Write down what is said in a file."""
+    return await hear("transcribe")
+
+
+@app.post("/v1/audio/translations")
+@takes(AudioRequest, "multipart/form-data")
+async def translations() -> Response:
+    """Write down in English what is said in a file."""
+    return await hear("translate")
+
+
+async def hear(task: str) -> Response:
+    body, file = await read_audio_form()
+    engine = await app.models.get(body.model, ["speech"])
+    wanted = hearing(body, task, engine.model)
+    engine.check_queue()
+    rate = engine.model.processor.feature_extractor.sampling_rate
+    sound = await trio.to_thread.run_sync(read_audio, file, rate, limiter=app.decoding)
+    windows = -(-len(sound) // (WINDOW_SECONDS * rate))
+    size = MAX_WINDOWS if wanted.words else windows  # words take the attention of every token: not of a batch
+    job = Job((transcribe, wanted, windows), sound, size, sound.nbytes)
+    engine.check_queue()
+    events = transcript_events(engine, job)
+    if body.stream:
+        return event_stream(events, end=b"")
+    async with aclosing(events):
+        async for _ in events:
+            pass
+    return transcript_response(job.result, body)
+
+
+async def read_audio_form() -> tuple[AudioRequest, bytes]:
+    """Return the fields of a form and its file. Raises APIError 400, 415 for what is no form."""
+    if request.mimetype != "multipart/form-data":
+        raise APIError(415, f"Content-Type must be multipart/form-data, not {request.mimetype}.", "unsupported_media_type")
+    form, files = await request.form, await request.files
+    values: dict[str, Any] = {}
+    for name in form:
+        field = name.partition("[")[0]  # lists are written name[], objects name[key]
+        given = [value for value in form.getlist(name) if value]
+        if name.endswith("[]") or field == "timestamp_granularities":
+            values.setdefault(field, []).extend(given)
+        elif given:
+            values[field] = given[-1]
+    try:
+        body = msgspec.convert(values, AudioRequest, strict=False)
+    except msgspec.ValidationError as error:
+        raise invalid_field(error) from None
+    refuse(body, AUDIO_REFUSED)
+    if "file" not in files:
+        raise APIError(400, "The form has no file, or cannot be read.", "invalid_value", "file")
+    return body, files["file"].read()
+
+
+def hearing(body: AudioRequest, task: str, model: Model) -> Hearing:
+    """Return what is wanted of a model. Raises APIError 400 for what it cannot do."""
+    from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
+    languages, times = getattr(model.generation, "lang_to_id", {}), body.response_format in ("srt", "vtt", "verbose_json")
+    language = body.language and TO_LANGUAGE_CODE.get(body.language.lower(), body.language.lower())
+    known = f"<|{language}|>" in languages if languages else language == "en" and is_timed(model)
+    refused = [
+        ("response_format", times and body.stream, "is not supported in a stream: there it is json or text"),
+        ("response_format", times and not is_timed(model), "is not supported by this model, which gives no times"),
+        ("timestamp_granularities", body.timestamp_granularities and body.response_format != "verbose_json",
+         "needs response_format: verbose_json"),
+        ("prompt", body.prompt and not is_timed(model), "is not supported by this model"),
+        ("temperature", body.temperature and not is_timed(model), "is not supported by this model"),
+        ("language", language and not known, "is none that this model knows"),
+        ("model", task == "translate" and not languages, "does not translate"),
+    ]
+    for name, condition, problem in refused:
+        if condition:
+            raise APIError(400, f"This {name} {problem}.", "unsupported_parameter", name)
+    try:
+        _ = body.prompt and model.processor.get_prompt_ids(body.prompt)
+    except ValueError as error:
+        raise APIError(400, f"The prompt is refused: {error}", "invalid_value", "prompt") from None
+    return Hearing(task, f"<|{language}|>" if language and languages else None, body.prompt, body.temperature,
+                   "word" in body.timestamp_granularities)
+
+
+def is_timed(model: Model) -> bool:
+    """Return whether a model tells when what is said: those of the Whisper family do."""
+    return hasattr(model.generation, "no_timestamps_token_id")
+
+
+def read_audio(file: bytes, rate: int) -> numpy.ndarray:
+    """Return the sound of a file, in one channel: float32 [samples]. Raises APIError 400. May take a while."""
+    import av  # takes a while too
+
+    parts, seconds, deadline = [], 0.0, time.monotonic() + DECODE_SECONDS
+    try:
+        with av.open(io.BytesIO(file), options={"format_whitelist": AUDIO_FORMATS}) as container:
+            resampler = av.AudioResampler("flt", "mono", rate)
+            for frame in itertools.chain(container.decode(audio=0), [None]):  # None: what the resampler holds back
+                seconds += frame.samples / frame.sample_rate if frame else 0
+                if seconds > MAX_AUDIO_SECONDS or time.monotonic() > deadline:  # before it is resampled: it might be a bomb
+                    raise APIError(400, f"The file has more than {MAX_AUDIO_SECONDS} s of sound, or takes more than "
+                                   f"{DECODE_SECONDS:.0f} s to decode.", "audio_too_long", "file")
+                parts += [part.to_ndarray()[0] for part in resampler.resample(frame)]
+    except (av.FFmpegError, IndexError, ValueError, ZeroDivisionError) as error:
+        reason = "it has none" if isinstance(error, IndexError) else str(error).partition(":")[0]
+        raise APIError(400, f"The file's sound cannot be read: {reason}.", "invalid_audio", "file") from None
+    if not sum(map(len, parts)):
+        raise APIError(400, "The file has no sound in it.", "invalid_audio", "file")
+    return numpy.concatenate(parts)
+
+
+async def transcript_events(engine: BatchEngine, job: Job) -> AsyncIterator[dict[str, Any]]:
+    """Yield the events of a transcription: its text as it becomes certain, at last all of it."""
+    told = ""
+    async with aclosing(engine.follow([job])) as pieces:
+        async for text in pieces:
+            text = text if told else text.lstrip()
+            told += text
+            yield {"type": "transcript.text.delta", "delta": text}
+    transcript = job.result
+    if transcript["text"].startswith(told) and (rest := transcript["text"][len(told):]):
+        yield {"type": "transcript.text.delta", "delta": rest}
+    yield {"type": "transcript.text.done", "text": transcript["text"]}
+
+
+def transcript_response(transcript: dict[str, Any], body: AudioRequest) -> Response:
+    """Return a transcript in the format that was asked for."""
+    if body.response_format == "verbose_json":
+        left_out = {"word", "segment"} - set(body.timestamp_granularities or ["segment"])
+        return json_response({name: value for name, value in transcript.items() if name[:-1] not in left_out})
+    if body.response_format == "json":
+        return json_response({"text": transcript["text"], "usage": transcript["usage"]})
+    text = transcript["text"] + "\n" if body.response_format == "text" else subtitles(transcript, body.response_format)
+    return Response(text, content_type="text/plain; charset=utf-8")
+
+
+def subtitles(transcript: dict[str, Any], kind: str) -> str:
+    """Return the segments as SubRip or WebVTT."""
+    def clock(seconds: float) -> str:
+        minutes, milliseconds = divmod(round(1000 * seconds), 60_000)
+        text = f"{minutes // 60:02}:{minutes % 60:02}:{milliseconds // 1000:02}.{milliseconds % 1000:03}"
+        return text if kind == "vtt" else text.replace(".", ",")
+
+    cues = [f"{clock(segment['start'])} --> {clock(segment['end'])}\n{segment['text'].strip().replace('-->', '->')}\n\n"
+            for segment in transcript["segments"]]
+    return "WEBVTT\n\n" + "".join(cues) if kind == "vtt" else "".join(f"{i}\n{cue}" for i, cue in enumerate(cues, 1))
+
+
+def transcribe(model: Model, jobs: list[Job], wanted: Hearing, windows: int) -> list[dict[str, Any]]:
+    """Return what is said in sounds of so many windows each, as verbose_json has it."""
+    network, extractor = model.network, model.processor.feature_extractor
+    rate = extractor.sampling_rate
+    if not is_timed(model):
+        pipe = transformers.pipeline("automatic-speech-recognition", network, tokenizer=model.tokenizer,
+                                     feature_extractor=extractor, chunk_length_s=WINDOW_SECONDS)
+        return [{"text": pipe({"raw": job.value, "sampling_rate": rate})["text"].strip(),
+                 "usage": audio_usage(len(job.value) / rate)} for job in jobs]
+    inputs = extractor([job.value for job in jobs], sampling_rate=rate, return_tensors="pt", return_attention_mask=True,
+                       truncation=False, padding="longest" if windows > 1 else "max_length")
+    features, mask = inputs["input_features"].to(network.device, network.dtype), inputs["attention_mask"].to(network.device)
+    languages, options = ["<|en|>"] * len(jobs), {}
+    prompt = model.processor.get_prompt_ids(wanted.prompt, return_tensors="pt") if wanted.prompt else None
+    if prompt is not None:  # its end, as much as the decoder has room for, after the token that says what it is
+        prompt = torch.cat([prompt[:1], prompt[1:][1 - network.config.max_target_positions // 2:]]).to(network.device)
+    listener = Listener(model, jobs)
+    with sitting_in(network, listener):
+        if hasattr(model.generation, "lang_to_id"):
+            languages = [wanted.language] * len(jobs) if wanted.language else model.tokenizer.convert_ids_to_tokens(
+                network.detect_language(features).tolist())
+            options = {"task": wanted.task, "language": languages}
+        heard = network.generate(
+            features, attention_mask=mask, return_timestamps=True, return_segments=True, prompt_ids=prompt,
+            return_token_timestamps=wanted.words, temperature=wanted.temperature, stopping_criteria=[listener],
+            monitor_progress=listener.enter, logits_processor=[listener.weigh], **options)
+    return [transcript(model, job, wanted, language[2:-2], segments, heard_in)
+            for job, language, segments, heard_in in zip(jobs, languages, heard["segments"], listener.windows)]
+
+
+def audio_usage(seconds: float) -> dict[str, Any]:
+    return {"type": "duration", "seconds": math.ceil(seconds)}
+
+
+@dataclass(slots=True)
+class Window:
+    """What is known of a window of one sound."""
+
+    start: float  # seconds
+    no_speech: float = 0.0
+    logprob: float = 0.0  # of all its tokens
+    num_tokens: int = 0
+    ended: bool = False
+
+
+class Listener(transformers.StoppingCriteria):
+    """Sits in on a call of generate: tells the text that is certain, and ends the call when nobody wants it any more.
+
+    A segment that the window's end cuts off is heard again in the next window: the text before it is certain.
+    """
+
+    def __init__(self, model: Model, jobs: list[Job]) -> None:
+        self.model, self.jobs, self.first_time = model, jobs, model.generation.no_timestamps_token_id + 1
+        self.windows: list[list[Window]] = [[] for _ in jobs]
+        self.progress: list[list[int]] = []  # of each job: frames done when this window began, and all
+        self.rows: list[int] = []  # the job of each row of the batch
+        self.shown: list[int] = []  # characters of each row that were told
+        self.tokens: Tensor | None = None  # [rows, tokens] of this window, a prompt before them
+        self.start: int | None = None  # of what is generated
+
+    def enter(self, progress: Tensor) -> None:
+        """Begin a window. progress [jobs, 2]: frames done, and all."""
+        for row, i in enumerate(self.rows):
+            done, total = self.progress[i]
+            whole = progress[i, 0] - done >= min(2 * self.model.network.config.max_source_positions, total - done)
+            self.tell(row, bool(whole))
+        self.progress = progress.tolist()
+        self.rows = [i for i, (done, total) in enumerate(self.progress) if done < total]
+        self.shown, self.start = [0] * len(self.rows), None
+        for i in self.rows:
+            self.windows[i].append(Window(self.progress[i][0] / 100))
+
+    def hear(self, _: torch.nn.Module, __: tuple, inputs: dict[str, Any], output: Any) -> None:
+        """Take the logits [rows, tokens, vocab] of a window's first step: those after its start tell silence."""
+        if self.rows and self.start is None:
+            begin = (inputs["decoder_input_ids"][0] == self.model.generation.decoder_start_token_id).nonzero()[-1, 0]
+            silence = output.logits[:, begin].float().softmax(-1)[:, self.first_time - 2].tolist()
+            for i, probability in zip(self.rows, silence):
+                self.windows[i][-1].no_speech = probability
+
+    def weigh(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Take the scores [rows, vocab] of a step as Whisper's own rules leave them, which is how others weigh them too."""
+        self.logprobs = scores.float().log_softmax(-1)
+        return scores
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """Take the tokens [rows, tokens] that a step brought to an end; return which rows to end."""
+        self.tokens, chosen = input_ids, input_ids[:, -1:]
+        self.start = input_ids.shape[1] - 1 if self.start is None else self.start
+        for i, id, logprob in zip(self.rows, chosen[:, 0].tolist(), self.logprobs.gather(1, chosen)[:, 0].tolist()):
+            if not (window := self.windows[i][-1]).ended:
+                window.logprob, window.num_tokens = window.logprob + logprob, window.num_tokens + 1
+                window.ended = id in self.model.eos_token_ids
+        for row in (input_ids[:, -2:] >= self.first_time).all(1).nonzero()[:, 0].tolist():
+            self.tell(row, False)
+        if all(job.closed for job in self.jobs):
+            raise InterruptedError("nobody waits for it any more")
+        return torch.tensor([self.jobs[i].closed for i in self.rows], device=input_ids.device)
+
+    def tell(self, row: int, whole: bool) -> None:
+        """Tell the text of a row up to the last pair of times, or all of it."""
+        ids = self.tokens[row, self.start:]
+        if not whole:
+            times = ids >= self.first_time
+            ids = ids[:(times[1:] & times[:-1]).nonzero().amax() + 1] if (times[1:] & times[:-1]).any() else ids[:0]
+        text = self.model.tokenizer.decode(ids, skip_special_tokens=True)
+        if text[self.shown[row]:]:
+            self.jobs[self.rows[row]].tell(text[self.shown[row]:])
+        self.shown[row] = len(text)
+
+
+@contextmanager
+def sitting_in(network: transformers.PreTrainedModel, listener: Listener) -> Iterator[None]:
+    """Let the listener hear the network; its encoder keeps the last result, since what tells a language is heard next.
+
+    Words want the attention of the decoder alone: generate would have the encoder's too, keep all of it, with the scores, for
+    every window (gigabytes of an hour), and leave the network slower.
+    """
+    encoder, attention, last = network.get_encoder(), network.config._attn_implementation, []
+    encode, retrieve = encoder.forward, network._retrieve_segment
+
+    def encode_once(features: Tensor | None = None, **inputs: Any) -> Any:
+        features = inputs["input_features"] if features is None else features
+        if not last or not torch.equal(last[0], features):
+            last[:] = features, encode(features)
+        return last[1]
+
+    def retrieve_little(**arguments: Any) -> tuple[list[dict[str, Any]], Any]:
+        segments, offset = retrieve(**arguments)
+        for segment in segments if arguments["return_token_timestamps"] else ():
+            segment["result"] = {"token_timestamps": segment["result"]["token_timestamps"]}
+        return segments, offset
+
+    encoder.forward, network._retrieve_segment = encode_once, retrieve_little
+    hook = network.register_forward_hook(listener.hear, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+        del encoder.forward, network._retrieve_segment
+        network.config._attn_implementation = attention
+
+
+def transcript(model: Model, job: Job, wanted: Hearing, language: str, segments: list[dict[str, Any]],
+               windows: list[Window]) -> dict[str, Any]:
+    """Return what was heard of a sound as verbose_json has it."""
+    from transformers.models.whisper.tokenization_whisper import LANGUAGES, _collate_word_timestamps
+
+    duration, shown, words = len(job.value) / model.processor.feature_extractor.sampling_rate, [], []
+    for segment in segments:
+        ids = segment["tokens"].tolist()
+        text = model.tokenizer.decode(ids, skip_special_tokens=True)
+        if not text.strip():
+            continue
+        start, end = (round(min(float(segment[edge]), duration), 2) for edge in ("start", "end"))
+        window = [window for window in windows if window.start <= float(segment["start"]) + 1e-3][-1]
+        shown.append({
+            "id": len(shown), "seek": round(100 * window.start), "start": start, "end": end, "text": text, "tokens": ids,
+            "temperature": wanted.temperature, "avg_logprob": window.logprob / max(1, window.num_tokens),
+            "compression_ratio": len(text.encode()) / len(zlib.compress(text.encode())), "no_speech_prob": window.no_speech})
+        if wanted.words:
+            times = [round(min(time, duration), 2) for time in segment["token_timestamps"].tolist()]
+            spans = [(id, (times[max(0, k - 1)], times[k])) for k, id in enumerate(ids) if id < min(model.special_ids)]
+            found = _collate_word_timestamps(model.tokenizer, *map(list, zip(*spans)), LANGUAGES.get(language), False)
+            words += [{"word": word["text"].strip(), "start": word["timestamp"][0], "end": word["timestamp"][1]}
+                      for word in found]
+    return {"task": wanted.task, "language": LANGUAGES[language if wanted.task == "transcribe" else "en"],
+            "duration": duration, "text": "".join(segment["text"] for segment in shown).strip(), "segments": shown,
+            "words": words, "usage": audio_usage(duration)}
+
+
+# ── Embeddings ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# POST /v1/embeddings: by an encoder with its own pooling, or by what a text generator makes of a text's last token.
+
+MAX_EMBEDDED = 2048
+EMBEDDING_REFUSED = {"truncate_prompt_tokens": (), "messages": (), "normalize": (True,), "chat_template": (), "embed_dtype": (),
+                     "mm_processor_kwargs": (), "input_type": (), "prompt_name": ()}
+EmbeddingRefused = msgspec.defstruct("EmbeddingRefused", [(name, Any, None) for name in EMBEDDING_REFUSED], kw_only=True)
+
+
+class EmbeddingRequest(EmbeddingRefused, kw_only=True):
+    """https://platform.openai.com/docs/api-reference/embeddings/create"""
+
+    input: str | list[str | Count | TokenIds]
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Meta(ge=1)] | None = None
+    add_special_tokens: bool | None = None
+
+
+@app.post("/v1/embeddings")
+@takes(EmbeddingRequest)
+async def embeddings() -> Response:
+    """Turn texts into vectors."""
+    body = await read_body(EmbeddingRequest)
+    refuse(body, EMBEDDING_REFUSED)
+    texts = split_prompt(body.input, "input")
+    if not 0 < len(texts) <= MAX_EMBEDDED or "" in texts or [] in texts:
+        raise APIError(400, f"input must have 1 to {MAX_EMBEDDED} texts, none of them empty.", "invalid_value", "input")
+    engine = await app.models.get(body.model, ["encoder", "text"])
+    prompts = await read_prompt(read_prompts, engine.model, texts, body.add_special_tokens is not False)
+    for prompt in prompts:
+        engine.check_length(prompt, 0 if engine.model.kind == "encoder" else 1)
+    vectors = await (encoded if engine.model.kind == "encoder" else last_states)(engine, prompts)
+    if body.dimensions and body.dimensions > len(vectors[0]):
+        raise APIError(400, f"dimensions must be at most {len(vectors[0])}.", "invalid_value", "dimensions")
+    if body.dimensions:
+        vectors = [normalise(vector[:body.dimensions]) for vector in vectors]
+    data = [{"object": "embedding", "index": i, "embedding": written(vector, body.encoding_format)}
+            for i, vector in enumerate(vectors)]
+    num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+    return json_response({"object": "list", "data": data, "model": app.models.public_id(engine.model.id),
+                          "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens}})
+
+
+def written(vector: Tensor, encoding_format: str | None) -> list[float] | str:
+    """Return a vector as it is sent: base64 is of float32, little end first."""
+    if encoding_format == "base64":
+        return base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode()
+    return vector.tolist()
+
+
+async def encoded(engine: BatchEngine, prompts: list[Prompt]) -> list[Tensor]:
+    """Return the vectors of an encoder."""
+    jobs = [Job((embed,), prompt.token_ids, len(prompt.token_ids)) for prompt in prompts]
+    async with aclosing(engine.follow(jobs)) as news:
+        async for _ in news:
+            pass
+    return [job.result for job in jobs]
+
+
+def embed(model: Model, jobs: list[Job]) -> list[Tensor]:
+    """Return the vectors of token ids, computed as one padded batch."""
+    lengths = torch.tensor([job.size for job in jobs])
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(job.value) for job in jobs], batch_first=True,
+                                          padding_value=model.tokenizer.pad_token_id or 0)
+    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(model.device)  # [texts, tokens]
+    vectors = model.network(input_ids=ids.to(model.device), attention_mask=mask).last_hidden_state.float()
+    for step in model.pooling:
+        vectors = step(vectors, mask[..., None].float())
+    return list(vectors.cpu())
+
+
+async def last_states(engine: Engine, prompts: list[Prompt]) -> list[Tensor]:
+    """Return what a text generator makes of each text's last token, normalised: computed in its batch, beside its chats."""
+    if getattr(engine.runner, "states", None) is None:
+        raise APIError(400, f"The model {engine.model.id!r} cannot embed: it is not paged.", "model_not_supported", "model")
+    async with engine.submit(prompts, SamplingParams(max_tokens=0, embed=True)) as stream:
+        async for _ in stream:
+            pass
+    return [normalise(seq.embedding).cpu() for seq in stream.sequences]
+
+
 # ── Models, health, metrics ───────────────────────────────────────────────────────────────────────────────────────────
 # GET /health, /metrics, /v1/models, /openapi.json, /docs, POST /load_model, /reset: what there is, how it is, and loading it.
 
@@ -5022,8 +5736,9 @@ METRICS: dict[str, Callable[[Engine], Any]] = {  # besides the fields of `Metric
 
 @app.get("/metrics")
 async def metrics() -> Response:
-    """Say what the engines do and have done, as Prometheus reads it."""
-    engines = [(app.models.public_id(name), loaded.engine) for name, loaded in app.models.loaded.items() if loaded.engine]
+    """Say what the engines of text generators do and have done, as Prometheus reads it."""
+    engines = [(app.models.public_id(name), loaded.engine) for name, loaded in app.models.loaded.items()
+               if isinstance(loaded.engine, Engine)]
     lines = []
     for name, read in METRICS.items():
         kind = "histogram" if name.endswith("_seconds") else "counter" if name.endswith("_total") else "gauge"
@@ -5092,7 +5807,7 @@ async def reset() -> Response:
     while app.models.drop_idle(0):
         pass
     for loaded in app.models.loaded.values():
-        if loaded.engine:
+        if isinstance(loaded.engine, Engine):
             loaded.engine.scheduler.pool.forget()
     return json_response({"status": "ok"})
 
