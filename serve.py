@@ -21,6 +21,8 @@ Each banner is the name of its test file.
 from __future__ import annotations
 
 import argparse
+import base64
+import bisect
 import codecs
 import copy
 import ctypes
@@ -29,7 +31,10 @@ import fcntl
 import functools
 import gc
 import hashlib
+import importlib
 import inspect
+import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -41,6 +46,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -48,6 +54,7 @@ import tempfile
 import threading
 import time
 import types
+import urllib.parse
 import uuid
 import warnings
 import zipfile
@@ -74,12 +81,15 @@ HERE = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
 sys.modules.setdefault("serve_kernels", types.ModuleType("serve_kernels")).__path__ = [str(HERE / "kernels")]
 
+import h11
 import hypercorn.config
 import hypercorn.trio
 import llguidance
 import llguidance.hf
 import msgspec
 import outcome
+import PIL.Image
+import PIL.ImageOps
 import psutil
 import torch
 import transformers
@@ -235,6 +245,8 @@ class Config:
     enable_cors: bool = flag(False, "server", "let web pages of any origin call the server")
     cors_origin: tuple[str, ...] = flag((), "server", "let web pages of this origin call the server; repeatable",
                                         metavar="ORIGIN")
+    allowed_media_domain: tuple[str, ...] = flag((), "server", "fetch images from this host even where its address is not "
+                                                 "public; repeatable", str.lower, metavar="HOST")
     grace_period: float = flag(8.0, "server", "seconds that running requests get to finish at shutdown", at_least(0, float))
     log_level: str = flag("info", "server", "how much to log", choices=["debug", "info", "warning", "error", "critical"])
 
@@ -432,12 +444,41 @@ def block_hash(parent: bytes, token_ids: list[int]) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where in a prompt a picture or a sound stands, and the hash of its bytes."""
+
+    start: int
+    end: int
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Media:
+    """The pictures and sounds of a prompt, as the model's own processor hands them to its forward."""
+
+    inputs: dict[str, Tensor]
+    places: tuple[Place, ...]
+    positions: Tensor | None = None  # [3 or 4, 1, tokens]: of a prompt whose rotary positions have several dimensions
+    shift: int = 0  # from a token's place to its position, after the prompt
+
+    def within(self, start: int, end: int) -> bool:
+        """Return whether any of it stands among the tokens from `start` to `end`."""
+        return any(place.start < end and start < place.end for place in self.places)
+
+    def salt(self, parent: bytes, start: int, end: int) -> bytes:
+        """Return the parent of the hash of a block in which pictures begin: it depends on what they show."""
+        digests = [place.digest for place in self.places if start <= place.start < end]
+        return hashlib.blake2b(b"".join([parent, *digests]), digest_size=16).digest() if digests else parent
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """What the model reads first. `salt` keeps prompts apart in the prefix cache that only look the same as token ids."""
 
     token_ids: list[int]
     salt: bytes = b""
     opening: str = ""  # what the template has written of the answer already: its header, perhaps the start of its reasoning
+    media: Media | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -498,6 +539,7 @@ class Sequence:
     error: APIError | None = None
     cache: Any = None  # the fallback runner's own Hugging Face cache
     adapter: str | None = None  # with which it is computed
+    media: Media | None = None
     matcher: llguidance.LLMatcher | None = None  # where in its grammar the answer is: it has seen the generated tokens
 
     @property
@@ -527,6 +569,8 @@ class Sequence:
         while len(self.block_hashes) < count:
             start = len(self.block_hashes) * block_size
             parent = self.block_hashes[-1] if self.block_hashes else self.salt
+            if self.media:
+                parent = self.media.salt(parent, start, start + block_size)
             self.block_hashes.append(block_hash(parent, self.token_ids[start:start + block_size]))
         return self.block_hashes[:count]
 
@@ -709,10 +753,17 @@ class Model:
     created: int
     adapters: frozenset[str] = frozenset()
     active: str | None = None  # the adapter that the network computes with now
+    processor: transformers.ProcessorMixin | None = None  # of a model that takes more than text
+    media: frozenset[str] = frozenset()  # what it takes: image, audio
+    sample: Prompt | None = None  # with a picture of noise, of a model that sees
 
     @property
     def device(self) -> torch.device:
         return self.network.device
+
+    def adds_special_tokens(self, text: str) -> bool:
+        """Return whether a rendered conversation gets special tokens: processors add those that a template did not write."""
+        return self.processor is not None and not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
 
     def activate(self, adapter: str | None) -> None:
         """Let the network compute with one of its adapters, or with none."""
@@ -884,6 +935,8 @@ def load_network(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool, **
         options["gguf_file"] = checkpoint.gguf
     config = transformers.AutoConfig.from_pretrained(checkpoint.folder, **options)
     auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    if type(config) in transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING and not config.is_encoder_decoder:
+        auto = transformers.AutoModelForMultimodalLM
     if checkpoint.gguf and dtype == "auto":
         dtype = "bfloat16"
     if quantised := getattr(config, "quantization_config", None):
@@ -953,6 +1006,9 @@ def load_model(name: str, checkpoint: Checkpoint, config: Config, first: bool, r
         log.debug("load", exc_info=True)
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise APIError(400, f"The model {name!r} cannot be loaded: {reason}", "model_not_supported", "model") from error
+    processor = load_processor(checkpoint, config.trust_remote_code) if hasattr(network.config, "text_config") else None
+    if processor is not None and tokenizer.chat_template is None:
+        tokenizer.chat_template = processor.chat_template
     if first and config.chat_template:
         tokenizer.chat_template = Path(config.chat_template).read_text()
     if ignored := [name for name in IGNORED_GENERATION_SETTINGS if getattr(network.generation_config, name, None)]:
@@ -960,12 +1016,75 @@ def load_model(name: str, checkpoint: Checkpoint, config: Config, first: bool, r
     generation, text = network.generation_config, network.config.get_text_config(decoder=True)
     eos = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
     longest = getattr(text, "max_position_embeddings", None) or min(tokenizer.model_max_length, 1 << 15)
-    return Model(
+    model = Model(
         id=name, network=network, tokenizer=tokenizer, generation=generation, vocab_size=text.vocab_size,
+        processor=processor, media=taken_media(processor, tokenizer),
         eos_token_ids=frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos]),
         max_model_len=min(longest, config.max_model_len or longest), created=int(time.time()), adapters=frozenset(adapters),
         special_ids=frozenset(tokenizer.all_special_ids), longest_token=max(map(len, tokenizer.get_vocab())),
         byte_level="ByteLevel" in repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)))
+    try:
+        model.sample = sample_prompt(model) if "image" in model.media else None
+    except Exception as error:  # a processor that is not ours
+        log.warning("%s: images are refused: its processor fails", name, exc_info=error)
+        model.media -= {"image"}
+    return model
+
+
+def load_processor(checkpoint: Checkpoint, trust_remote_code: bool) -> transformers.ProcessorMixin | None:
+    """Load what prepares pictures and sounds for a model, or say why it goes without."""
+    if not transformers.utils.is_torchvision_available():  # only videos need it, which are not taken
+        mixin = importlib.import_module("transformers.video_processing_utils").VideoProcessorMixin
+        transformers.processing_utils.transformers_module.VideoProcessorMixin = mixin
+        videos = importlib.import_module("transformers.models.auto.video_processing_auto").AutoVideoProcessor
+        videos.from_pretrained = lambda *_, **__: mixin()
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # files and code that are not ours
+        log.warning("%s takes text only: %s", checkpoint.folder, (str(error) or type(error).__name__).strip().splitlines()[0])
+        return None
+    return processor if isinstance(processor, transformers.ProcessorMixin) else None
+
+
+def taken_media(processor: transformers.ProcessorMixin | None, tokenizer: transformers.PreTrainedTokenizerBase,
+                ) -> frozenset[str]:
+    """Return the kinds of media that both a processor and its chat template, which must take lists of parts, know."""
+    kinds = []
+    for kind in ("image", "audio"):
+        token = getattr(processor, f"{kind}_token", None)
+        message = {"role": "user", "content": [{"type": kind}, {"type": "text", "text": "x"}]}
+        try:
+            if token and tokenizer.apply_chat_template([message], tokenize=False).count(token) == 1:
+                kinds.append(kind)
+        except Exception:  # a template is a program
+            log.debug("template", exc_info=True)
+    return frozenset(kinds)
+
+
+def media_prompt(model: Model, text: str, opening: str, images: list[Any], digests: list[bytes]) -> Prompt:
+    """Return the prompt of a rendered conversation with images. Raises whatever a processor raises about them."""
+    made = model.processor(
+        text=[text], images=[images], return_tensors="pt", return_mm_token_type_ids=True, return_offsets_mapping=True,
+        return_text_replacement_offsets=True, **({} if model.adds_special_tokens(text) else {"add_special_tokens": False}))
+    starts = made.pop("offset_mapping")[0, :, 0].tolist()
+    spans = [replacement["new_span"] for replacement in made.pop("text_replacement_offsets")[0]]
+    places = tuple(Place(bisect.bisect_left(starts, start), bisect.bisect_left(starts, end), digest)
+                   for (start, end), digest in zip(spans, digests, strict=True))
+    ids = made.pop("input_ids")
+    made.pop("attention_mask")
+    takes = inspect.signature(model.network.forward).parameters
+    inputs = {name: x.to(model.network.dtype) if x.is_floating_point() else x for name, x in made.items() if name in takes}
+    positions = model.network._prepare_position_ids_for_generation(ids, dict(inputs))
+    several = positions.dim() == 3
+    shift = positions[-1, 0, -1].item() + 1 - ids.shape[1] if several else 0
+    return Prompt(ids[0].tolist(), opening=opening, media=Media(inputs, places, positions if several else None, shift))
+
+
+def sample_prompt(model: Model) -> Prompt:
+    """Return a prompt with a picture of noise."""
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
+    noise = PIL.Image.frombytes("RGB", (96, 64), random.Random(0).randbytes(96 * 64 * 3))
+    return media_prompt(model, model.tokenizer.apply_chat_template([message], tokenize=False), "", [noise], [b""])
 
 
 def return_memory() -> None:
@@ -1012,8 +1131,9 @@ def ragged(batch: Batch, block_size: int, device: torch.device) -> Ragged:
     width = max(len(seq.block_table) for seq in batch)
     for seq, count in batch.items():
         start, end, table = seq.num_computed_tokens, seq.num_computed_tokens + count, seq.block_table
+        shift = seq.media.shift if seq.media else 0
         ids.extend(seq.token_ids[start:end])
-        positions.extend(range(start, end))
+        positions.extend(range(start + shift, end + shift))
         slots.extend([table[p // block_size] * block_size + p % block_size for p in range(start, end)])
         if start < seq.num_shared_tokens:  # written already, by another: block 0 is for what nobody reads
             slots[len(ids) - count] = 0
@@ -1051,6 +1171,42 @@ def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, a
     return out.unsqueeze(0), None
 
 
+class LanguageInputs(Exception):
+    """What a language model was called with, raised before it runs."""
+
+
+def language_inputs(network: transformers.PreTrainedModel, token_ids: list[int], media: Media) -> dict[str, Any]:
+    """Return what a network's own forward hands to its language model: a prompt's embeddings with its images among them."""
+    def stop(_: torch.nn.Module, __: tuple, kwargs: dict[str, Any]) -> None:
+        raise LanguageInputs(kwargs)
+
+    hook = network.get_decoder().register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
+    try:
+        inputs = {name: x.to(network.device) for name, x in media.inputs.items()}
+        network(input_ids=torch.tensor([token_ids], device=network.device), use_cache=False, **inputs)
+    except LanguageInputs as called:
+        return called.args[0]
+    finally:
+        hook.remove()
+    raise NotImplementedError("its language model is not called")
+
+
+MAX_EMBEDDED = 4  # prompts: those that are being computed, which are few
+DEEPSTACK = {"visual_pos_masks", "deepstack_visual_embeds"}  # embeddings that are added between the first layers too
+
+
+def unpageable(given: dict[str, Any]) -> str | None:
+    """Return why what a language model is given with an image cannot be handed to it in chunks, or None."""
+    tensors = {name for name, value in given.items() if isinstance(value, Tensor | list | tuple) and len(value)}
+    if others := sorted(tensors - DEEPSTACK - {"inputs_embeds", "position_ids", "attention_mask"}):
+        return f"with an image, its language model takes {others[0]}"
+    masks = given.get("attention_mask")
+    for mask in masks.values() if isinstance(masks, dict) else [masks]:
+        if mask is not None and mask.dim() == 4 and (mask if mask.dtype == torch.bool else mask > -1).triu(1).any():
+            return "images attend in both directions"
+    return None
+
+
 class PagedRunner:
     """Runs ragged batches; each layer's keys and values are in [num_blocks, block_size, kv_heads, head_dim] tensors."""
 
@@ -1062,6 +1218,10 @@ class PagedRunner:
         self.caches: dict[int, tuple[Tensor, Tensor]] = {}
         self.batch: Ragged | None = None
         self.calls, self.options = 0, {}  # how often `attend` was called, and with which arguments by layer
+        self.embedded: OrderedDict[Media, tuple[Tensor, list[Tensor]]] = OrderedDict()  # lately, as `embed` returns them
+        self.seen: list[tuple] = []  # the step's prompts with media: positions, rows, the tokens they are, and `embed`'s
+        if model.media:
+            model.network.get_decoder().register_forward_pre_hook(self.merge, with_kwargs=True)
         self.keeps_logits = "logits_to_keep" in inspect.signature(model.network.forward).parameters
 
     def layer_cache(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -1088,9 +1248,61 @@ class PagedRunner:
         for layer, (k, v) in shapes.items():
             self.layer_cache(layer, k, v)
 
+    def embed(self, seq: Sequence) -> tuple[Tensor, list[Tensor]]:
+        """Return a prompt's embeddings [tokens, hidden] with its images among them, and what is added after the first layers.
+
+        The towers run once for a prompt, when the first of its images is computed: what the prefix cache has is not.
+        """
+        if seq.media not in self.embedded:
+            given = language_inputs(self.model.network, seq.token_ids[:seq.num_prompt_tokens], seq.media)
+            whole, deep = given["inputs_embeds"][0], []
+            for features in given.get("deepstack_visual_embeds") or ():
+                deep.append(torch.zeros_like(whole))
+                deep[-1][given["visual_pos_masks"][0]] = features.to(whole.dtype)
+            self.embedded[seq.media] = whole, deep
+            if len(self.embedded) > MAX_EMBEDDED:
+                self.embedded.popitem(last=False)
+        self.embedded.move_to_end(seq.media)
+        return self.embedded[seq.media]
+
+    def look(self, batch: Batch) -> None:
+        """Note what the batch's rows of prompts with media are to be; a prompt that cannot be embedded has an error."""
+        self.seen, row = [], 0
+        for seq, count in batch.items():
+            start, end = seq.num_computed_tokens, min(seq.num_computed_tokens + count, seq.num_prompt_tokens)
+            if seq.media and start < end:
+                rows, span, found = slice(row, row + end - start), slice(start, end), (None, [])
+                try:
+                    if seq.media.within(start, end):
+                        found = self.embed(seq)
+                except Exception as error:  # the model's own code, on what a client sent: it may be too large
+                    log.error("%s: an image failed", self.model.id, exc_info=error)
+                    seq.error = APIError(500, "The model failed on this image.", "model_failed")
+                self.seen.append((seq.media.positions, rows, span, *found))
+            row += count
+
+    def merge(self, _: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Replace what the language model is called with for rows of images, and their positions."""
+        if getattr(_step, "runner", None) is not self or not self.seen:
+            return None
+        embeds, mask, added = kwargs["inputs_embeds"].clone(), torch.ones_like(self.batch.positions, dtype=torch.bool), []
+        if dims := max(0 if positions is None else len(positions) for positions, *_ in self.seen):
+            kwargs["position_ids"] = self.batch.positions.expand(dims, 1, -1).clone()
+        for positions, rows, span, whole, layers in self.seen:
+            if positions is not None:
+                kwargs["position_ids"][..., rows] = positions[..., span].to(embeds.device)
+            if whole is not None:
+                embeds[0, rows] = whole[span]
+            for i, layer in enumerate(layers):
+                added += [torch.zeros_like(embeds[0])] * (i == len(added))
+                added[i][rows] = layer[span]
+        kwargs["inputs_embeds"] = embeds
+        return args, kwargs | ({"visual_pos_masks": mask, "deepstack_visual_embeds": added} if added else {})
+
     def forward(self, batch: Batch) -> Tensor:
         """Return the logits [samples, vocab] of the sequences that this batch computes to their end, then of scored tokens."""
         self.model.activate(next(iter(batch)).adapter)
+        self.look(batch)
         self.batch = ragged(batch, self.block_size, self.model.device)
         _step.runner = self
         keep = {"logits_to_keep": self.batch.logits_rows} if self.keeps_logits else {}
@@ -1134,6 +1346,10 @@ class SequentialRunner:
         known = torch.tensor([seq.token_ids], device=device)  # [1, tokens]
         if first := seq.cache is None:
             seq.cache = {"use_cache": True}
+            if seq.media:
+                seq.cache |= {name: x.to(device) for name, x in seq.media.inputs.items()}
+            if self.model.processor:  # else some go by where another sequence was
+                seq.cache["position_ids"] = network._prepare_position_ids_for_generation(known, dict(seq.cache))
             if network.config.is_encoder_decoder:
                 prompt = known[:, :seq.num_prompt_tokens]
                 seq.cache["encoder_outputs"] = network.get_encoder()(input_ids=prompt, return_dict=True)
@@ -1205,14 +1421,18 @@ def self_test(runner: PagedRunner) -> str | None:
     if kinds - {"full_attention", "sliding_attention"} or getattr(text, "attention_chunk_size", None):
         return "layers: " + ", ".join(sorted(kinds))
     own = network.config._attn_implementation
-    one, two = scratch_sequences(runner, 13, 9)
-    prompts = [torch.tensor([seq.token_ids], device=runner.model.device) for seq in (one, two)]
+    (one, two), sights = scratch_sequences(runner, 13, 9), sight_sequences(runner)
     try:
-        expected = torch.cat([network(input_ids=prompt, use_cache=False).logits[0, -1:] for prompt in prompts])
+        expected = torch.cat([whole_logits(network, seq) for seq in (one, *sights, two)])
+        for seq in sights:
+            if problem := unpageable(language_inputs(network, seq.token_ids, seq.media)):
+                return problem
         transformers.AttentionInterface.register("paged_attention", attend)
-        network.set_attn_implementation("paged_attention")
-        advance(runner, {one: 7, two: 4})
-        second, first = advance(runner, {one: 5, two: 5}), advance(runner, {one: 1})
+        text_configs = {name for name in network.config.sub_configs if getattr(network.config, name) is text}
+        network.set_attn_implementation(dict.fromkeys({"", *text_configs}, "paged_attention"))  # towers keep their own
+        advance(runner, {one: 7, **{seq: len(seq.token_ids) // 2 for seq in sights}, two: 4})
+        second = advance(runner, {one: 5, **dict.fromkeys(sights, 1), two: 5})
+        first = advance(runner, {one: 1, **{seq: len(seq.token_ids) - seq.num_computed_tokens for seq in sights}})
         worst, problem = relative_error(torch.cat([first, second]), expected), None
         if len(runner.caches) != text.num_hidden_layers or runner.calls != 3 * len(runner.caches):
             problem = f"{len(runner.caches)} of {text.num_hidden_layers} layers attend through ours"
@@ -1228,6 +1448,22 @@ def self_test(runner: PagedRunner) -> str | None:
         network.set_attn_implementation(own)
         runner.caches.clear()
     return problem
+
+
+def sight_sequences(runner: PagedRunner) -> list[Sequence]:
+    """Return a sequence with a picture, in blocks that the runner's cache gets for it, or none for a model that sees none."""
+    if (prompt := runner.model.sample) is None:
+        return []
+    first, length = runner.num_blocks, len(prompt.token_ids)
+    runner.num_blocks += -(-length // runner.block_size)
+    return [Sequence(list(prompt.token_ids), length, SamplingParams(), 0, b"", None, 0, media=prompt.media,
+                     block_table=list(range(first, runner.num_blocks)))]
+
+
+def whole_logits(network: transformers.PreTrainedModel, seq: Sequence) -> Tensor:
+    """Return the last logits [1, vocab] of a sequence by the network's own code alone."""
+    inputs = {name: x.to(network.device) for name, x in (seq.media.inputs if seq.media else {}).items()}
+    return network(input_ids=torch.tensor([seq.token_ids], device=network.device), use_cache=False, **inputs).logits[0, -1:]
 
 
 def sequential_self_test(runner: SequentialRunner) -> str | None:
@@ -1928,7 +2164,8 @@ class Engine:
             self.check_length(prompt)
             seed = self.seeds.getrandbits(64) if sampling.seed is None else sampling.seed + i
             stream.sequences.append(Sequence(list(prompt.token_ids), len(prompt.token_ids), sampling, seed, prompt.salt, stream,
-                                             len(stream.sequences), matcher=sampling.grammar and sampling.grammar.deep_copy()))
+                                             len(stream.sequences), matcher=sampling.grammar and sampling.grammar.deep_copy(),
+                                             media=prompt.media))
         if len(stream.sequences) > self.max_queue:
             raise APIError(400, f"One request can have at most {self.max_queue} answers here.", "invalid_value", "n")
         self.check_queue(stream)
@@ -2279,13 +2516,186 @@ class ModelPool:
 
 
 # ── Prompts ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-# Turns messages into a `Prompt`: what a client wrote, as the model's own chat template wants it.
+# Turns messages into a `Prompt`: what a client wrote, as the model's own chat template wants it. All media come in here.
+
+MAX_IMAGES = 64  # in a request
+MAX_IMAGE_BYTES = 32 << 20
+MAX_PIXELS = 1 << 25  # of an image
+MAX_ALL_PIXELS = 1 << 27  # of a request's images
+FETCH_SECONDS = 10.0
+IMAGE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP")  # others have parsers that few have looked at
+ssl_context = functools.cache(ssl.create_default_context)
+
+
+def media_error(message: str, where: str, code: str = "invalid_media") -> APIError:
+    return APIError(400, message, code, where)
+
+
+async def fetch_media(messages: list[dict[str, Any]], model: Model, allowed: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return messages with the bytes of their images in place of addresses. Raises APIError 400."""
+    parts = [(i, j, part) for i, message in enumerate(messages) if isinstance(message.get("content"), list)
+             for j, part in enumerate(message["content"]) if isinstance(part, dict) and part.get("type") in IMAGE_PARTS]
+    if not parts or "image" not in model.media:  # `plain_content` refuses them
+        return messages
+    if len(parts) > MAX_IMAGES:
+        raise media_error(f"There are {len(parts)} images, and at most {MAX_IMAGES} are taken.", "messages")
+    messages = [{**m, "content": list(m["content"])} if isinstance(m.get("content"), list) else m for m in messages]
+
+    async def fetch(i: int, j: int, part: dict[str, Any]) -> None:
+        where = f"messages[{i}].content[{j}].image_url"
+        data = await read_url(image_address(part, where), where, allowed)
+        messages[i]["content"][j] = {"type": "image", "data": data, "where": where}
+
+    await in_parallel([functools.partial(fetch, *part) for part in parts])
+    return messages
+
+
+async def in_parallel(jobs: list[Callable[[], Any]]) -> None:
+    """Run jobs at the same time; of their errors the first is raised."""
+    errors: list[Exception] = []
+
+    async def guarded(job: Callable[[], Any], scope: trio.CancelScope) -> None:
+        try:
+            await job()
+        except Exception as error:
+            errors.append(error)
+            scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        for job in jobs:
+            nursery.start_soon(guarded, job, nursery.cancel_scope)
+    if errors:
+        raise errors[0]
+
+
+IMAGE_PARTS = ("image_url", "input_image")
+
+
+def image_address(part: dict[str, Any], where: str) -> str:
+    """Return the address in an image's part, {"image_url": {"url": …}} or {"image_url": …}. Raises APIError 400."""
+    value = part.get("image_url")
+    value = value.get("url") if isinstance(value, dict) else value
+    if not isinstance(value, str):
+        raise media_error("image_url must be an address, or an object with its url.", where)
+    return value
+
+
+async def read_url(address: str, where: str, allowed: tuple[str, ...]) -> bytes:
+    """Return what a data:, http: or https: address stands for. Raises APIError 400."""
+    if address[:5].lower() == "data:":
+        return await trio.to_thread.run_sync(decoded_data, address, where)
+    try:
+        with trio.fail_after(FETCH_SECONDS):
+            return await fetched(urllib.parse.urlsplit(address), where, allowed)
+    except trio.TooSlowError:
+        raise media_error(f"It could not be fetched within {FETCH_SECONDS:.0f} s.", where) from None
+    except (OSError, ValueError, trio.BrokenResourceError, h11.RemoteProtocolError, h11.LocalProtocolError) as error:
+        log.debug("%s", where, exc_info=error)
+        raise media_error("It could not be fetched.", where) from None
+
+
+def decoded_data(address: str, where: str) -> bytes:
+    """Return the bytes of a data: address in base64. Raises APIError 400."""
+    head, comma, data = address.partition(",")
+    try:
+        if not comma or not head.lower().endswith(";base64"):
+            raise ValueError
+        return base64.b64decode("".join(data.split()), validate=True)
+    except ValueError:
+        raise media_error("A data: address must hold base64.", where) from None
+
+
+async def fetched(url: urllib.parse.SplitResult, where: str, allowed: tuple[str, ...]) -> bytes:
+    """Return the body that a server answers with. Raises APIError 400, and what sockets and servers raise."""
+    host, secure = url.hostname, url.scheme == "https"
+    if url.scheme not in ("http", "https") or not host or re.search(r"[^!-~]|\\", url.netloc) or "@" in url.netloc:
+        raise media_error("Only data:, http: and https: addresses are taken.", where)
+    stream: Any = await connected(host, url.port or (443 if secure else 80), where, allowed)
+    async with stream:
+        if secure:
+            stream = trio.SSLStream(stream, ssl_context(), server_hostname=host, https_compatible=True)
+        target = urllib.parse.quote(url.path or "/", safe="%/:=&~+!$,;'@()*") + (f"?{url.query}" if url.query else "")
+        connection = h11.Connection(h11.CLIENT)
+        get = h11.Request(method="GET", target=target.encode("ascii"), headers=[
+            ("Host", url.netloc), ("User-Agent", "serve.py"), ("Accept", "image/*"), ("Connection", "close")])
+        await stream.send_all(connection.send(get) + connection.send(h11.EndOfMessage()))
+        body = bytearray()
+        while not isinstance(event := connection.next_event(), h11.EndOfMessage | h11.ConnectionClosed):
+            if event is h11.NEED_DATA:
+                connection.receive_data(await stream.receive_some(1 << 16))
+            elif isinstance(event, h11.Response) and event.status_code != 200:
+                raise media_error(f"Its server answered {event.status_code}; redirects are not followed.", where)
+            elif isinstance(event, h11.Data):
+                body += event.data
+                if len(body) > MAX_IMAGE_BYTES:
+                    raise media_error(f"It has more than {MAX_IMAGE_BYTES} bytes.", where)
+        return bytes(body)
+
+
+async def connected(host: str, port: int, where: str, allowed: tuple[str, ...]) -> trio.SocketStream:
+    """Return a connection to the address that was checked: no name is looked up a second time. Raises APIError 400."""
+    found = await trio.socket.getaddrinfo(host, port, type=trio.socket.SOCK_STREAM)
+    places = [(family, place) for family, _, _, _, place in found if host in allowed or is_public(place[0])]
+    if not places:
+        raise media_error(f"{host} is not a public address: see --allowed-media-domain.", where, "forbidden_media")
+    for i, (family, place) in enumerate(places):
+        connection = trio.socket.socket(family, trio.socket.SOCK_STREAM)
+        try:
+            await connection.connect(place)
+            return trio.SocketStream(connection)
+        except BaseException as error:
+            connection.close()
+            if not isinstance(error, OSError) or i == len(places) - 1:
+                raise
+    raise AssertionError
+
+
+TUNNELS = [ipaddress.ip_network(network) for network in ("64:ff9b::/96", "::/96")]  # IPv4 in the last four bytes
+UNREACHABLE = [ipaddress.ip_network(network) for network in ("2002::/16", "2001::/32", "64:ff9b:1::/48")]
+
+
+def is_public(text: str) -> bool:
+    """Return whether an address is one of the public internet's, also of the IPv4 address that it stands for."""
+    address: Any = ipaddress.ip_address(text.partition("%")[0])
+    if address.version == 6:
+        if address.ipv4_mapped or any(address in network for network in TUNNELS):
+            return is_public(str(ipaddress.IPv4Address(address.packed[-4:])))
+        if any(address in network for network in UNREACHABLE):
+            return False
+    return address.is_global and not address.is_multicast
+
+
+def decoded_images(messages: list[dict[str, Any]]) -> tuple[list[PIL.Image.Image], list[bytes]]:
+    """Return the images of the messages, and the hash of each one's bytes. Raises APIError 400."""
+    parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]
+             if part["type"] == "image"]
+    images, left = [], MAX_ALL_PIXELS
+    for part in parts:
+        images.append(decoded_image(part["data"], part["where"], min(left, MAX_PIXELS)))
+        left -= images[-1].width * images[-1].height
+    return images, [hashlib.blake2b(part["data"], digest_size=16).digest() for part in parts]
+
+
+def decoded_image(data: bytes, where: str, max_pixels: int) -> PIL.Image.Image:
+    """Return a picture, upright and in RGB; of an animated one the first frame. Raises APIError 400."""
+    try:
+        with PIL.Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+            if image.width * image.height <= max_pixels:  # known before anything is decoded
+                return PIL.ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # decoders raise anything
+        log.debug("%s", where, exc_info=error)
+        raise media_error(f"It is no image that can be read: {', '.join(IMAGE_FORMATS)} are.", where) from None
+    raise media_error(f"It has more than {max_pixels} pixels, or all images together have too many.", where)
+
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def plain_messages(messages: list[dict[str, Any]], template: str) -> list[dict[str, Any]]:
-    """Return messages as templates expect them: content a string, roles that the template knows. Raises APIError 400."""
+    """Return messages as templates expect them: content a string, roles that the template knows. Raises APIError 400.
+
+    Content with images is a list of parts.
+    """
     if not messages:
         raise APIError(400, "messages must not be empty.", "invalid_messages", "messages")
     plain = []
@@ -2305,8 +2715,8 @@ def plain_messages(messages: list[dict[str, Any]], template: str) -> list[dict[s
     return plain if "tool_calls" in template else calls_as_text(plain)
 
 
-def plain_content(message: dict[str, Any], where: str) -> str:
-    """Return a message's content as one string. Raises APIError 400 for parts that are not text."""
+def plain_content(message: dict[str, Any], where: str) -> str | list[dict[str, Any]]:
+    """Return a message's content as one string, or as parts if images that were fetched are among them. Raises APIError 400."""
     content = message.get("content")
     if content is None and (message["role"] == "assistant" or message["role"] == "tool"):
         return ""
@@ -2314,17 +2724,20 @@ def plain_content(message: dict[str, Any], where: str) -> str:
         return content
     if not isinstance(content, list):
         raise APIError(400, "content must be a string or a list of parts.", "invalid_messages", where)
-    texts = []
+    parts = []
     for j, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "image" and isinstance(part.get("data"), bytes) and message["role"] == "user":
+            parts.append(part)
+            continue
         if kind not in ("text", "input_text", "output_text", "refusal"):
             raise APIError(400, f"content parts of type {kind!r} are not supported by this model.", "unsupported_content",
                            f"{where}[{j}].type")
         text = part.get("refusal" if kind == "refusal" else "text")
         if not isinstance(text, str):
             raise APIError(400, "the text of a part must be a string.", "invalid_messages", f"{where}[{j}].text")
-        texts.append(text)
-    return "".join(texts)
+        parts.append({"type": "text", "text": text})
+    return parts if any(part["type"] == "image" for part in parts) else "".join(part["text"] for part in parts)
 
 
 class PastFunction(msgspec.Struct):
@@ -2359,6 +2772,9 @@ def calls_as_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Write past calls and their results into the text, for a template that would drop them."""
     plain: list[dict[str, Any]] = []
     for message in messages:
+        if isinstance(message["content"], list):
+            plain.append(message)
+            continue
         texts = [message["content"]] if message["content"] else []
         texts += [f"<tool_call>\n{json.dumps(call['function'], ensure_ascii=False)}\n</tool_call>"
                   for call in message.get("tool_calls", ())]
@@ -2405,7 +2821,9 @@ def render_chat(model: Model, messages: list[dict[str, Any]], continue_final: bo
         messages = describe_tools(messages, tools)
     if continue_final and messages[-1]["role"] != "assistant":
         raise APIError(400, "continue_final_message needs an assistant message at the end.", "invalid_messages", "messages")
-    render = functools.partial(model.tokenizer.apply_chat_template, messages, tokenize=False, **kwargs)
+    images, digests = decoded_images(messages)
+    conversation = [{**m, "content": as_parts(m["content"])} for m in messages] if model.media else messages
+    render = functools.partial(model.tokenizer.apply_chat_template, conversation, tokenize=False, **kwargs)
     try:
         text = render(add_generation_prompt=not continue_final, continue_final_message=continue_final)
         opening = messages[-1]["content"] if continue_final else text.removeprefix(render())
@@ -2413,7 +2831,21 @@ def render_chat(model: Model, messages: list[dict[str, Any]], continue_final: bo
         log.debug("template", exc_info=True)
         raise APIError(400, f"The model's chat template refuses these messages: {error}", "template_error",
                        "messages") from error
-    return Prompt(tokenize(model, text, add_special_tokens=False), opening=opening if len(opening) < len(text) else "")
+    opening = opening if len(opening) < len(text) else ""
+    if not images:
+        return Prompt(tokenize(model, text, model.adds_special_tokens(text)), opening=opening)
+    try:
+        return media_prompt(model, text, opening, images, digests)
+    except Exception as error:  # a processor is a program too: it counts placeholders, which a client may have written
+        log.debug("processor", exc_info=True)
+        raise media_error(f"The model's processor refuses these messages: {error}", "messages") from error
+
+
+def as_parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return content as the parts that templates of models with media take."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return [{"type": "image"} if part["type"] == "image" else part for part in content]
 
 
 def tokenize(model: Model, text: str, add_special_tokens: bool) -> list[int]:
@@ -3028,7 +3460,8 @@ async def chat_completions() -> Response:
     engine = await app.models.get(body.model)
     sampling = sampling_params(body, engine.model, (body.top_logprobs or 0) if body.logprobs else None)
     use, answer, kwargs = tool_use(body), constraint(body), template_kwargs(body, engine.model)
-    prompt = await trio.to_thread.run_sync(render_chat, engine.model, body.messages, bool(body.continue_final_message), kwargs,
+    messages = await fetch_media(body.messages, engine.model, app.settings.allowed_media_domain)
+    prompt = await trio.to_thread.run_sync(render_chat, engine.model, messages, bool(body.continue_final_message), kwargs,
                                            use.offered, limiter=app.rendering)
     form = answer_form(engine.model)
     enforced = use.forced or (use.offered if answer else [])
