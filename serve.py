@@ -1215,6 +1215,8 @@ class PagedRunner:
     def __init__(self, model: Model, kernel: Callable[..., Tensor], block_size: int) -> None:
         self.model, self.attention, self.block_size = model, kernel, block_size
         self.num_blocks = 1 + 4 * -(-64 // block_size)  # enough for scratch_sequences
+        if model.sample:  # and behind them for sight_sequences
+            self.num_blocks += -(-len(model.sample.token_ids) // block_size)
         self.caches: dict[int, tuple[Tensor, Tensor]] = {}
         self.batch: Ragged | None = None
         self.calls, self.options = 0, {}  # how often `attend` was called, and with which arguments by layer
@@ -1451,13 +1453,12 @@ def self_test(runner: PagedRunner) -> str | None:
 
 
 def sight_sequences(runner: PagedRunner) -> list[Sequence]:
-    """Return a sequence with a picture, in blocks that the runner's cache gets for it, or none for a model that sees none."""
+    """Return a sequence with a picture, in blocks of its own, or none for a model that sees none."""
     if (prompt := runner.model.sample) is None:
         return []
-    first, length = runner.num_blocks, len(prompt.token_ids)
-    runner.num_blocks += -(-length // runner.block_size)
+    length, end = len(prompt.token_ids), runner.num_blocks
     return [Sequence(list(prompt.token_ids), length, SamplingParams(), 0, b"", None, 0, media=prompt.media,
-                     block_table=list(range(first, runner.num_blocks)))]
+                     block_table=list(range(end - -(-length // runner.block_size), end)))]
 
 
 def whole_logits(network: transformers.PreTrainedModel, seq: Sequence) -> Tensor:
@@ -1657,12 +1658,14 @@ def make_runner(model: Model, kernel: Callable[..., Tensor], config: Config) -> 
             raise APIError(400, f"The model {model.id!r} cannot be run: {problem}", "model_not_supported", "model")
         block_bytes = max(1, runner.token_bytes) * config.block_size  # here blocks only count tokens
         return runner, min(useful, max(2, cache_bytes(config, model.device) // block_bytes))
-    before = advance(runner, {scratch_sequences(runner, 40)[0]: 40})
-    if not model.adapters:  # these stand inside the layers, one of them at a time
+    samples = {seq: len(seq.token_ids) for seq in scratch_sequences(runner, 40) + sight_sequences(runner)}
+    before = runner.forward(samples)
+    if not model.adapters and not any(layers for _, layers in runner.embedded.values()):  # these stand inside the layers
         fuse_layers(runner)
     if model.device.type == "cpu" and not model.adapters:
         linear_cpu.pack_linears(model.network)
-    after = advance(runner, {scratch_sequences(runner, 40)[0]: 40})  # what was patched and packed, together, once
+    runner.embedded.clear()
+    after = runner.forward(samples)  # what was patched and packed, together, once
     if not (difference := relative_error(after, before)) < 0.1:
         raise APIError(400, f"The model {model.id!r} cannot be run: fused, its logits differ by {difference:.1e}",
                        "model_not_supported", "model")
@@ -2245,12 +2248,24 @@ class Engine:
         """Give each sequence its token, see whether that was its last, and wake the request's task."""
         for seq, count in batch.items():
             seq.num_computed_tokens += count
+            if seq.error:
+                self.fail(seq)
         for seq, token in zip(receivers, tokens, strict=True):
             if not seq.ended:
                 if seq.sampling.max_tokens != 0:  # nothing but scores are wanted
                     seq.token_ids.append(token.id)
                     seq.arrived.append(token)
                 seq.finish_reason = self.finish_reason(seq, token)
+                seq.stream.tell(seq)
+
+    def fail(self, failed: Sequence) -> None:
+        """End a sequence that could not be computed, and those that already share what it should have written."""
+        written = set(failed.block_table[failed.num_shared_tokens // self.scheduler.pool.block_size:])
+        for block in written:
+            self.scheduler.pool.unpublish(block)
+        for seq in self.scheduler.running:
+            if not seq.ended and written & set(seq.block_table):
+                seq.error, seq.finish_reason = failed.error, "error"
                 seq.stream.tell(seq)
 
     def finish_reason(self, seq: Sequence, token: Token) -> str | None:
@@ -2522,109 +2537,79 @@ MAX_IMAGES = 64  # in a request
 MAX_IMAGE_BYTES = 32 << 20
 MAX_PIXELS = 1 << 25  # of an image
 MAX_ALL_PIXELS = 1 << 27  # of a request's images
-FETCH_SECONDS = 10.0
+FETCH_SECONDS = 15.0  # for all of a request's images
 IMAGE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP")  # others have parsers that few have looked at
-ssl_context = functools.cache(ssl.create_default_context)
+IMAGE_PARTS = ("image_url", "input_image")
+# IPv6 addresses that stand for an IPv4 address in their last four bytes, and those that lead elsewhere by other means.
+EMBEDDING = [ipaddress.ip_network(network) for network in ("::ffff:0:0/96", "64:ff9b::/96", "::/96")]
+TUNNELS = [ipaddress.ip_network(network) for network in ("2002::/16", "2001::/32", "64:ff9b:1::/48")]
+tls = functools.cache(ssl.create_default_context)
 
 
-def media_error(message: str, where: str, code: str = "invalid_media") -> APIError:
-    return APIError(400, message, code, where)
+def media_error(message: str, where: str) -> APIError:
+    return APIError(400, message, "invalid_media", where)
 
 
 async def fetch_media(messages: list[dict[str, Any]], model: Model, allowed: tuple[str, ...]) -> list[dict[str, Any]]:
     """Return messages with the bytes of their images in place of addresses. Raises APIError 400."""
-    parts = [(i, j, part) for i, message in enumerate(messages) if isinstance(message.get("content"), list)
-             for j, part in enumerate(message["content"]) if isinstance(part, dict) and part.get("type") in IMAGE_PARTS]
-    if not parts or "image" not in model.media:  # `plain_content` refuses them
+    if "image" not in model.media:  # `plain_content` refuses them
         return messages
+    parts = [(i, j) for i, message in enumerate(messages) if isinstance(message.get("content"), list) and
+             message.get("role") == "user" for j, part in enumerate(message["content"])
+             if isinstance(part, dict) and part.get("type") in IMAGE_PARTS]
     if len(parts) > MAX_IMAGES:
         raise media_error(f"There are {len(parts)} images, and at most {MAX_IMAGES} are taken.", "messages")
-    messages = [{**m, "content": list(m["content"])} if isinstance(m.get("content"), list) else m for m in messages]
-
-    async def fetch(i: int, j: int, part: dict[str, Any]) -> None:
-        where = f"messages[{i}].content[{j}].image_url"
-        data = await read_url(image_address(part, where), where, allowed)
-        messages[i]["content"][j] = {"type": "image", "data": data, "where": where}
-
-    await in_parallel([functools.partial(fetch, *part) for part in parts])
+    messages = [{**messages[i], "content": list(messages[i]["content"])} if any(i == k for k, _ in parts) else messages[i]
+                for i in range(len(messages))]
+    deadline = trio.current_time() + FETCH_SECONDS
+    for i, j in parts:
+        where, value = f"messages[{i}].content[{j}].image_url", messages[i]["content"][j].get("image_url")
+        address = value.get("url") if isinstance(value, dict) else value
+        if not isinstance(address, str):
+            raise media_error("image_url must be an address, or an object with its url.", where)
+        messages[i]["content"][j] = {"type": "image", "where": where, "data": await read_url(address, where, allowed, deadline)}
     return messages
 
 
-async def in_parallel(jobs: list[Callable[[], Any]]) -> None:
-    """Run jobs at the same time; of their errors the first is raised."""
-    errors: list[Exception] = []
-
-    async def guarded(job: Callable[[], Any], scope: trio.CancelScope) -> None:
-        try:
-            await job()
-        except Exception as error:
-            errors.append(error)
-            scope.cancel()
-
-    async with trio.open_nursery() as nursery:
-        for job in jobs:
-            nursery.start_soon(guarded, job, nursery.cancel_scope)
-    if errors:
-        raise errors[0]
-
-
-IMAGE_PARTS = ("image_url", "input_image")
-
-
-def image_address(part: dict[str, Any], where: str) -> str:
-    """Return the address in an image's part, {"image_url": {"url": …}} or {"image_url": …}. Raises APIError 400."""
-    value = part.get("image_url")
-    value = value.get("url") if isinstance(value, dict) else value
-    if not isinstance(value, str):
-        raise media_error("image_url must be an address, or an object with its url.", where)
-    return value
-
-
-async def read_url(address: str, where: str, allowed: tuple[str, ...]) -> bytes:
+async def read_url(address: str, where: str, allowed: tuple[str, ...], deadline: float) -> bytes:
     """Return what a data:, http: or https: address stands for. Raises APIError 400."""
     if address[:5].lower() == "data:":
-        return await trio.to_thread.run_sync(decoded_data, address, where)
+        head, comma, data = address.partition(",")
+        try:
+            if not comma or not head.lower().endswith(";base64"):
+                raise ValueError
+            return await trio.to_thread.run_sync(functools.partial(base64.b64decode, data, validate=True))
+        except ValueError:
+            raise media_error("A data: address must hold base64.", where) from None
     try:
-        with trio.fail_after(FETCH_SECONDS):
+        with trio.fail_at(deadline):
             return await fetched(urllib.parse.urlsplit(address), where, allowed)
     except trio.TooSlowError:
-        raise media_error(f"It could not be fetched within {FETCH_SECONDS:.0f} s.", where) from None
-    except (OSError, ValueError, trio.BrokenResourceError, h11.RemoteProtocolError, h11.LocalProtocolError) as error:
+        raise media_error(f"The images could not be fetched within {FETCH_SECONDS:.0f} s.", where) from None
+    except (OSError, ValueError, trio.BrokenResourceError, h11.ProtocolError) as error:
         log.debug("%s", where, exc_info=error)
         raise media_error("It could not be fetched.", where) from None
-
-
-def decoded_data(address: str, where: str) -> bytes:
-    """Return the bytes of a data: address in base64. Raises APIError 400."""
-    head, comma, data = address.partition(",")
-    try:
-        if not comma or not head.lower().endswith(";base64"):
-            raise ValueError
-        return base64.b64decode("".join(data.split()), validate=True)
-    except ValueError:
-        raise media_error("A data: address must hold base64.", where) from None
 
 
 async def fetched(url: urllib.parse.SplitResult, where: str, allowed: tuple[str, ...]) -> bytes:
     """Return the body that a server answers with. Raises APIError 400, and what sockets and servers raise."""
     host, secure = url.hostname, url.scheme == "https"
-    if url.scheme not in ("http", "https") or not host or re.search(r"[^!-~]|\\", url.netloc) or "@" in url.netloc:
+    if url.scheme not in ("http", "https") or not host or "@" in url.netloc:
         raise media_error("Only data:, http: and https: addresses are taken.", where)
-    stream: Any = await connected(host, url.port or (443 if secure else 80), where, allowed)
-    async with stream:
-        if secure:
-            stream = trio.SSLStream(stream, ssl_context(), server_hostname=host, https_compatible=True)
-        target = urllib.parse.quote(url.path or "/", safe="%/:=&~+!$,;'@()*") + (f"?{url.query}" if url.query else "")
-        connection = h11.Connection(h11.CLIENT)
-        get = h11.Request(method="GET", target=target.encode("ascii"), headers=[
-            ("Host", url.netloc), ("User-Agent", "serve.py"), ("Accept", "image/*"), ("Connection", "close")])
-        await stream.send_all(connection.send(get) + connection.send(h11.EndOfMessage()))
+    target = urllib.parse.quote(url.path or "/", safe="%/:=&~+!$,;'@()*")
+    target += "?" + urllib.parse.quote(url.query, safe="%/:=&~+!$,;'@()*?") if url.query else ""
+    connection = h11.Connection(h11.CLIENT)  # which also refuses a host with anything odd in it
+    request = connection.send(h11.Request(method="GET", target=target, headers=[
+        ("Host", url.netloc), ("User-Agent", "serve.py"), ("Accept", "image/*"), ("Connection", "close")]))
+    async with await connected(host, url.port or (443 if secure else 80), where, allowed) as plain:
+        stream = trio.SSLStream(plain, tls(), server_hostname=host, https_compatible=True) if secure else plain
+        await stream.send_all(request)
         body = bytearray()
         while not isinstance(event := connection.next_event(), h11.EndOfMessage | h11.ConnectionClosed):
             if event is h11.NEED_DATA:
                 connection.receive_data(await stream.receive_some(1 << 16))
             elif isinstance(event, h11.Response) and event.status_code != 200:
-                raise media_error(f"Its server answered {event.status_code}; redirects are not followed.", where)
+                raise media_error(f"Its server answers {event.status_code}; redirects are not followed.", where)
             elif isinstance(event, h11.Data):
                 body += event.data
                 if len(body) > MAX_IMAGE_BYTES:
@@ -2633,36 +2618,28 @@ async def fetched(url: urllib.parse.SplitResult, where: str, allowed: tuple[str,
 
 
 async def connected(host: str, port: int, where: str, allowed: tuple[str, ...]) -> trio.SocketStream:
-    """Return a connection to the address that was checked: no name is looked up a second time. Raises APIError 400."""
+    """Return a connection to an address that was checked: no name is looked up a second time. Raises APIError 400."""
     found = await trio.socket.getaddrinfo(host, port, type=trio.socket.SOCK_STREAM)
     places = [(family, place) for family, _, _, _, place in found if host in allowed or is_public(place[0])]
     if not places:
-        raise media_error(f"{host} is not a public address: see --allowed-media-domain.", where, "forbidden_media")
-    for i, (family, place) in enumerate(places):
+        raise media_error(f"{host} is not a public address: see --allowed-media-domain.", where)
+    for family, place in places:
         connection = trio.socket.socket(family, trio.socket.SOCK_STREAM)
         try:
             await connection.connect(place)
             return trio.SocketStream(connection)
-        except BaseException as error:
+        except OSError as error:
             connection.close()
-            if not isinstance(error, OSError) or i == len(places) - 1:
-                raise
-    raise AssertionError
-
-
-TUNNELS = [ipaddress.ip_network(network) for network in ("64:ff9b::/96", "::/96")]  # IPv4 in the last four bytes
-UNREACHABLE = [ipaddress.ip_network(network) for network in ("2002::/16", "2001::/32", "64:ff9b:1::/48")]
+            refused = error
+    raise refused
 
 
 def is_public(text: str) -> bool:
-    """Return whether an address is one of the public internet's, also of the IPv4 address that it stands for."""
+    """Return whether an address is one of the public internet's, and so is an IPv4 address that it stands for."""
     address: Any = ipaddress.ip_address(text.partition("%")[0])
-    if address.version == 6:
-        if address.ipv4_mapped or any(address in network for network in TUNNELS):
-            return is_public(str(ipaddress.IPv4Address(address.packed[-4:])))
-        if any(address in network for network in UNREACHABLE):
-            return False
-    return address.is_global and not address.is_multicast
+    if any(address in network for network in EMBEDDING):
+        return is_public(str(ipaddress.IPv4Address(address.packed[-4:])))
+    return address.is_global and not address.is_multicast and not any(address in network for network in TUNNELS)
 
 
 def decoded_images(messages: list[dict[str, Any]]) -> tuple[list[PIL.Image.Image], list[bytes]]:
@@ -2727,7 +2704,7 @@ def plain_content(message: dict[str, Any], where: str) -> str | list[dict[str, A
     parts = []
     for j, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "image" and isinstance(part.get("data"), bytes) and message["role"] == "user":
+        if kind == "image" and isinstance(part.get("data"), bytes):
             parts.append(part)
             continue
         if kind not in ("text", "input_text", "output_text", "refusal"):

@@ -64,8 +64,8 @@ def families(id: Any, vocab_size: int) -> dict[str, tuple[dict[str, Any], dict[s
                      {"image_processor_type": "Idefics3ImageProcessor", "size": {"longest_edge": 112},
                       "max_image_size": {"longest_edge": 56}},
                      {"processor_class": "Idefics3Processor", "image_seq_len": 4}, "<image>", {}),
-        "gemma3": ({"model_type": "gemma3", "mm_tokens_per_image": 4, "image_token_index": id("<image>"),
-                    "boi_token_index": id("<start_of_image>"), "eoi_token_index": id("<end_of_image>"),
+        "gemma3": ({"model_type": "gemma3", "mm_tokens_per_image": 4, "tie_word_embeddings": False,
+                    "image_token_index": id("<image>"), "boi_token_index": id("<start_of_image>"), "eoi_token_index": id("<end_of_image>"),
                     "text_config": {**text, "head_dim": 8, "model_type": "gemma3_text", "sliding_window": 16,
                                     "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 8},
                     "vision_config": {**EYE, "model_type": "siglip_vision_model"}},
@@ -74,7 +74,8 @@ def families(id: Any, vocab_size: int) -> dict[str, tuple[dict[str, Any], dict[s
                    {"image_token": "<image>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}),
         "internvl": ({"model_type": "internvl", "text_config": {**text, "model_type": "qwen2"},
                       "image_token_id": id("<IMG_CONTEXT>"), "image_seq_length": 4,
-                      "vision_config": {**EYE, "model_type": "internvl_vision", "image_size": [56, 56], "patch_size": [14, 14]}},
+                      "vision_config": {**EYE, "model_type": "internvl_vision", "image_size": [56, 56],
+                                        "patch_size": [14, 14]}},
                      {"image_processor_type": "GotOcr2ImageProcessor", "size": square, "crop_to_patches": True,
                       "min_patches": 1, "max_patches": 2},
                      {"processor_class": "InternVLProcessor", "image_seq_length": 4}, "<IMG_CONTEXT>\n",
@@ -98,5 +99,8 @@ def save(family: str, folder: Path, tokenizer_folder: Path) -> None:
     torch.manual_seed(0)
     kind = config.pop("model_type")
     network = transformers.AutoModelForMultimodalLM.from_config(transformers.AutoConfig.for_model(kind, **config))
+    for parameter in network.parameters():
+        if parameter.dim() > 1 and not parameter.any():  # it would hide the picture
+            parameter.data.normal_(0, 0.2)
     network.generation_config = transformers.GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
     network.save_pretrained(folder)

@@ -52,7 +52,7 @@ CONVERSATIONS = [
     user(text_part("What is the capital of France?")),
     user(text_part("Compare "), image_part(COFFEE), text_part(" with "), image_part(ASTRONAUT), text_part(". What differs?")),
     user(image_part(COFFEE), text_part("Who is this, and what does she wear?")),
-    [*user(image_part(COFFEE), text_part("Hot?")), {"role": "assistant", "content": "Yes."}, *user(text_part("And how hot is it?"))],
+    [*user(image_part(COFFEE), text_part("Hot?")), {"role": "assistant", "content": "Yes."}, *user(text_part("How hot?"))],
 ]
 
 
@@ -80,8 +80,8 @@ def generated(folder: Path, conversations: list[list[dict]]) -> list[tuple[int, 
         messages = [{"role": m["role"], "content": m["content"] if isinstance(m["content"], str) else [
             {"type": "image", "image": PIL.Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].split(",")[1])))}
             if part["type"] == "image_url" else part for part in m["content"]]} for m in conversation]
-        inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt",
-                                               add_generation_prompt=True)
+        inputs = transformers.ProcessorMixin.apply_chat_template(  # SmolVLM's own asks its video processor first
+            processor, messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True)
         ids = network.generate(**inputs, max_new_tokens=ANSWER, do_sample=False)[0, inputs["input_ids"].shape[1]:]
         answers.append((inputs["input_ids"].shape[1], processor.tokenizer.decode(ids, skip_special_tokens=True)))
     return answers
