@@ -443,31 +443,22 @@ def block_hash(parent: bytes, token_ids: list[int]) -> bytes:
 # What a request becomes: prompts, sampling params, and sequences of tokens that grow one by one.
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where in a prompt a picture or a sound stands, and the hash of its bytes."""
-
-    start: int
-    end: int
-    digest: bytes
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Media:
-    """The pictures and sounds of a prompt, as the model's own processor hands them to its forward."""
+    """The images of a prompt, as the model's own processor makes them for its forward."""
 
     inputs: dict[str, Tensor]
-    places: tuple[Place, ...]
-    positions: Tensor | None = None  # [3 or 4, 1, tokens]: of a prompt whose rotary positions have several dimensions
-    shift: int = 0  # from a token's place to its position, after the prompt
+    places: list[tuple[int, int, bytes]]  # which tokens stand for an image, from the first up to another, and its hash
+    positions: Tensor | None  # [3 or 4, 1, tokens] of the prompt, where rotary positions have several dimensions
+    shift: int  # from a token's place to its position, after the prompt
 
     def within(self, start: int, end: int) -> bool:
-        """Return whether any of it stands among the tokens from `start` to `end`."""
-        return any(place.start < end and start < place.end for place in self.places)
+        """Return whether any of the tokens from `start` up to `end` stands for an image."""
+        return any(first < end and start < last for first, last, _ in self.places)
 
     def salt(self, parent: bytes, start: int, end: int) -> bytes:
-        """Return the parent of the hash of a block in which pictures begin: it depends on what they show."""
-        digests = [place.digest for place in self.places if start <= place.start < end]
+        """Return the parent of a block's hash with the hashes of the images that begin in it."""
+        digests = [digest for first, _, digest in self.places if start <= first < end]
         return hashlib.blake2b(b"".join([parent, *digests]), digest_size=16).digest() if digests else parent
 
 
@@ -754,8 +745,7 @@ class Model:
     adapters: frozenset[str] = frozenset()
     active: str | None = None  # the adapter that the network computes with now
     processor: transformers.ProcessorMixin | None = None  # of a model that takes more than text
-    media: frozenset[str] = frozenset()  # what it takes: image, audio
-    sample: Prompt | None = None  # with a picture of noise, of a model that sees
+    sample: Prompt | None = None  # with an image, if the model sees
 
     @property
     def device(self) -> torch.device:
@@ -1018,16 +1008,16 @@ def load_model(name: str, checkpoint: Checkpoint, config: Config, first: bool, r
     longest = getattr(text, "max_position_embeddings", None) or min(tokenizer.model_max_length, 1 << 15)
     model = Model(
         id=name, network=network, tokenizer=tokenizer, generation=generation, vocab_size=text.vocab_size,
-        processor=processor, media=taken_media(processor, tokenizer),
+        processor=processor,
         eos_token_ids=frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos]),
         max_model_len=min(longest, config.max_model_len or longest), created=int(time.time()), adapters=frozenset(adapters),
         special_ids=frozenset(tokenizer.all_special_ids), longest_token=max(map(len, tokenizer.get_vocab())),
         byte_level="ByteLevel" in repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)))
-    try:
-        model.sample = sample_prompt(model) if "image" in model.media else None
-    except Exception as error:  # a processor that is not ours
-        log.warning("%s: images are refused: its processor fails", name, exc_info=error)
-        model.media -= {"image"}
+    if processor:
+        try:
+            model.sample = sample_prompt(model)
+        except Exception as error:  # of a processor or a template that is not ours
+            log.warning("%s takes no images: %s", name, error)
     return model
 
 
@@ -1046,38 +1036,23 @@ def load_processor(checkpoint: Checkpoint, trust_remote_code: bool) -> transform
     return processor if isinstance(processor, transformers.ProcessorMixin) else None
 
 
-def taken_media(processor: transformers.ProcessorMixin | None, tokenizer: transformers.PreTrainedTokenizerBase,
-                ) -> frozenset[str]:
-    """Return the kinds of media that both a processor and its chat template, which must take lists of parts, know."""
-    kinds = []
-    for kind in ("image", "audio"):
-        token = getattr(processor, f"{kind}_token", None)
-        message = {"role": "user", "content": [{"type": kind}, {"type": "text", "text": "x"}]}
-        try:
-            if token and tokenizer.apply_chat_template([message], tokenize=False).count(token) == 1:
-                kinds.append(kind)
-        except Exception:  # a template is a program
-            log.debug("template", exc_info=True)
-    return frozenset(kinds)
-
-
-def media_prompt(model: Model, text: str, opening: str, images: list[Any], digests: list[bytes]) -> Prompt:
-    """Return the prompt of a rendered conversation with images. Raises whatever a processor raises about them."""
-    made = model.processor(
-        text=[text], images=[images], return_tensors="pt", return_mm_token_type_ids=True, return_offsets_mapping=True,
-        return_text_replacement_offsets=True, **({} if model.adds_special_tokens(text) else {"add_special_tokens": False}))
-    starts = made.pop("offset_mapping")[0, :, 0].tolist()
-    spans = [replacement["new_span"] for replacement in made.pop("text_replacement_offsets")[0]]
-    places = tuple(Place(bisect.bisect_left(starts, start), bisect.bisect_left(starts, end), digest)
-                   for (start, end), digest in zip(spans, digests, strict=True))
-    ids = made.pop("input_ids")
-    made.pop("attention_mask")
-    takes = inspect.signature(model.network.forward).parameters
+def media_prompt(model: Model, text: str, opening: str, images: list[PIL.Image.Image], digests: list[bytes]) -> Prompt:
+    """Return the prompt that a processor makes of a rendered conversation with images. Raises whatever that raises."""
+    specials = {} if model.adds_special_tokens(text) else {"add_special_tokens": False}
+    made = model.processor(text=[text], images=[images], return_tensors="pt", return_offsets_mapping=True,
+                           return_mm_token_type_ids=True, return_text_replacement_offsets=True, **specials)
+    ids, starts = made.pop("input_ids"), made.pop("offset_mapping")[0, :, 0].tolist()
+    spans = [replaced["new_span"] for replaced in made.pop("text_replacement_offsets")[0]]
+    places = [(bisect.bisect_left(starts, start), bisect.bisect_left(starts, end), digest)
+              for (start, end), digest in zip(spans, digests, strict=True)]
+    takes = inspect.signature(model.network.forward).parameters.keys() - {"attention_mask"}
     inputs = {name: x.to(model.network.dtype) if x.is_floating_point() else x for name, x in made.items() if name in takes}
-    positions = model.network._prepare_position_ids_for_generation(ids, dict(inputs))
-    several = positions.dim() == 3
-    shift = positions[-1, 0, -1].item() + 1 - ids.shape[1] if several else 0
-    return Prompt(ids[0].tolist(), opening=opening, media=Media(inputs, places, positions if several else None, shift))
+    positions = model.network._prepare_position_ids_for_generation(ids, dict(inputs))  # the model's own, as in generate()
+    if positions.dim() < 3:
+        media = Media(inputs, places, None, 0)
+    else:
+        media = Media(inputs, places, positions, positions[-1, 0, -1].item() + 1 - ids.shape[1])
+    return Prompt(ids[0].tolist(), opening=opening, media=media)
 
 
 def sample_prompt(model: Model) -> Prompt:
@@ -1172,18 +1147,18 @@ def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, a
 
 
 class LanguageInputs(Exception):
-    """What a language model was called with, raised before it runs."""
+    """What a language model is called with, raised before it runs."""
 
 
-def language_inputs(network: transformers.PreTrainedModel, token_ids: list[int], media: Media) -> dict[str, Any]:
-    """Return what a network's own forward hands to its language model: a prompt's embeddings with its images among them."""
+def language_inputs(network: transformers.PreTrainedModel, seq: Sequence) -> dict[str, Any]:
+    """Return what a network's own code gives its language model for a prompt: embeddings, with those of images in place."""
+
     def stop(_: torch.nn.Module, __: tuple, kwargs: dict[str, Any]) -> None:
         raise LanguageInputs(kwargs)
 
     hook = network.get_decoder().register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
     try:
-        inputs = {name: x.to(network.device) for name, x in media.inputs.items()}
-        network(input_ids=torch.tensor([token_ids], device=network.device), use_cache=False, **inputs)
+        network(**whole_prompt(network, seq), use_cache=False)
     except LanguageInputs as called:
         return called.args[0]
     finally:
@@ -1191,14 +1166,16 @@ def language_inputs(network: transformers.PreTrainedModel, token_ids: list[int],
     raise NotImplementedError("its language model is not called")
 
 
-MAX_EMBEDDED = 4  # prompts: those that are being computed, which are few
-DEEPSTACK = {"visual_pos_masks", "deepstack_visual_embeds"}  # embeddings that are added between the first layers too
+def whole_prompt(network: transformers.PreTrainedModel, seq: Sequence) -> dict[str, Tensor]:
+    """Return what a network is called with for a prompt."""
+    inputs = {"input_ids": torch.tensor([seq.token_ids[:seq.num_prompt_tokens]])} | (seq.media.inputs if seq.media else {})
+    return {name: x.to(network.device) for name, x in inputs.items()}
 
 
 def unpageable(given: dict[str, Any]) -> str | None:
-    """Return why what a language model is given with an image cannot be handed to it in chunks, or None."""
-    tensors = {name for name, value in given.items() if isinstance(value, Tensor | list | tuple) and len(value)}
-    if others := sorted(tensors - DEEPSTACK - {"inputs_embeds", "position_ids", "attention_mask"}):
+    """Return why what a language model is given with an image cannot be given to it in chunks, or None."""
+    known = {"inputs_embeds", "position_ids", "attention_mask", "visual_pos_masks", "deepstack_visual_embeds"}
+    if others := sorted(name for name, x in given.items() if isinstance(x, Tensor | list | tuple) and name not in known):
         return f"with an image, its language model takes {others[0]}"
     masks = given.get("attention_mask")
     for mask in masks.values() if isinstance(masks, dict) else [masks]:
@@ -1215,14 +1192,13 @@ class PagedRunner:
     def __init__(self, model: Model, kernel: Callable[..., Tensor], block_size: int) -> None:
         self.model, self.attention, self.block_size = model, kernel, block_size
         self.num_blocks = 1 + 4 * -(-64 // block_size)  # enough for scratch_sequences
-        if model.sample:  # and behind them for sight_sequences
-            self.num_blocks += -(-len(model.sample.token_ids) // block_size)
+        self.num_blocks += -(-len(model.sample.token_ids) // block_size) if model.sample else 0  # and for sight_sequences
         self.caches: dict[int, tuple[Tensor, Tensor]] = {}
         self.batch: Ragged | None = None
         self.calls, self.options = 0, {}  # how often `attend` was called, and with which arguments by layer
-        self.embedded: OrderedDict[Media, tuple[Tensor, list[Tensor]]] = OrderedDict()  # lately, as `embed` returns them
-        self.seen: list[tuple] = []  # the step's prompts with media: positions, rows, the tokens they are, and `embed`'s
-        if model.media:
+        self.embedded: dict[Media, list[Tensor]] = {}  # what the last step needed of `embed`
+        self.seen: list[tuple[Tensor | None, slice, slice, list[Tensor]]] = []  # the step's prompts with media, for `merge`
+        if model.sample:
             model.network.get_decoder().register_forward_pre_hook(self.merge, with_kwargs=True)
         self.keeps_logits = "logits_to_keep" in inspect.signature(model.network.forward).parameters
 
@@ -1250,56 +1226,47 @@ class PagedRunner:
         for layer, (k, v) in shapes.items():
             self.layer_cache(layer, k, v)
 
-    def embed(self, seq: Sequence) -> tuple[Tensor, list[Tensor]]:
-        """Return a prompt's embeddings [tokens, hidden] with its images among them, and what is added after the first layers.
-
-        The towers run once for a prompt, when the first of its images is computed: what the prefix cache has is not.
-        """
-        if seq.media not in self.embedded:
-            given = language_inputs(self.model.network, seq.token_ids[:seq.num_prompt_tokens], seq.media)
-            whole, deep = given["inputs_embeds"][0], []
-            for features in given.get("deepstack_visual_embeds") or ():
-                deep.append(torch.zeros_like(whole))
-                deep[-1][given["visual_pos_masks"][0]] = features.to(whole.dtype)
-            self.embedded[seq.media] = whole, deep
-            if len(self.embedded) > MAX_EMBEDDED:
-                self.embedded.popitem(last=False)
-        self.embedded.move_to_end(seq.media)
-        return self.embedded[seq.media]
+    def embed(self, seq: Sequence) -> list[Tensor]:
+        """Return a prompt's embeddings [tokens, hidden], images in place, and what is added to them after the first layers."""
+        given = language_inputs(self.model.network, seq)
+        whole = given["inputs_embeds"][0]
+        return [whole, *(torch.zeros_like(whole).masked_scatter(given["visual_pos_masks"][0, :, None], added.to(whole.dtype))
+                         for added in given.get("deepstack_visual_embeds") or ())]
 
     def look(self, batch: Batch) -> None:
-        """Note what the batch's rows of prompts with media are to be; a prompt that cannot be embedded has an error."""
-        self.seen, row = [], 0
+        """Embed the images that this batch computes any token of; a prompt whose image fails has an error."""
+        before, self.embedded, self.seen, row = self.embedded, {}, [], 0
         for seq, count in batch.items():
             start, end = seq.num_computed_tokens, min(seq.num_computed_tokens + count, seq.num_prompt_tokens)
             if seq.media and start < end:
-                rows, span, found = slice(row, row + end - start), slice(start, end), (None, [])
                 try:
                     if seq.media.within(start, end):
-                        found = self.embed(seq)
+                        before[seq.media] = self.embedded[seq.media] = before.get(seq.media) or self.embed(seq)
                 except Exception as error:  # the model's own code, on what a client sent: it may be too large
                     log.error("%s: an image failed", self.model.id, exc_info=error)
                     seq.error = APIError(500, "The model failed on this image.", "model_failed")
-                self.seen.append((seq.media.positions, rows, span, *found))
+                layers = self.embedded.get(seq.media, []) if seq.error is None else []
+                self.seen.append((seq.media.positions, slice(row, row + end - start), slice(start, end), layers))
             row += count
 
     def merge(self, _: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        """Replace what the language model is called with for rows of images, and their positions."""
+        """Replace what the language model is called with in the rows of prompts with media."""
         if getattr(_step, "runner", None) is not self or not self.seen:
             return None
-        embeds, mask, added = kwargs["inputs_embeds"].clone(), torch.ones_like(self.batch.positions, dtype=torch.bool), []
-        if dims := max(0 if positions is None else len(positions) for positions, *_ in self.seen):
-            kwargs["position_ids"] = self.batch.positions.expand(dims, 1, -1).clone()
-        for positions, rows, span, whole, layers in self.seen:
+        merged = [kwargs["inputs_embeds"][0].clone()]
+        if (first := self.seen[0][0]) is not None:
+            kwargs["position_ids"] = self.batch.positions.expand(len(first), 1, -1).clone()
+        for positions, rows, span, layers in self.seen:
             if positions is not None:
-                kwargs["position_ids"][..., rows] = positions[..., span].to(embeds.device)
-            if whole is not None:
-                embeds[0, rows] = whole[span]
-            for i, layer in enumerate(layers):
-                added += [torch.zeros_like(embeds[0])] * (i == len(added))
-                added[i][rows] = layer[span]
-        kwargs["inputs_embeds"] = embeds
-        return args, kwargs | ({"visual_pos_masks": mask, "deepstack_visual_embeds": added} if added else {})
+                kwargs["position_ids"][..., rows] = positions[..., span].to(self.batch.positions.device)
+            merged += [torch.zeros_like(merged[0]) for _ in layers[len(merged):]]
+            for rows_of, layer in zip(merged, layers):
+                rows_of[rows] = layer[span]
+        kwargs["inputs_embeds"] = merged[0][None]
+        if merged[1:]:
+            everywhere = torch.ones_like(self.batch.positions, dtype=torch.bool)
+            kwargs |= {"visual_pos_masks": everywhere, "deepstack_visual_embeds": merged[1:]}
+        return args, kwargs
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the logits [samples, vocab] of the sequences that this batch computes to their end, then of scored tokens."""
@@ -1425,9 +1392,10 @@ def self_test(runner: PagedRunner) -> str | None:
     own = network.config._attn_implementation
     (one, two), sights = scratch_sequences(runner, 13, 9), sight_sequences(runner)
     try:
-        expected = torch.cat([whole_logits(network, seq) for seq in (one, *sights, two)])
+        expected = torch.cat([network(**whole_prompt(network, seq), use_cache=False).logits[0, -1:]
+                              for seq in (one, *sights, two)])
         for seq in sights:
-            if problem := unpageable(language_inputs(network, seq.token_ids, seq.media)):
+            if problem := unpageable(language_inputs(network, seq)):
                 return problem
         transformers.AttentionInterface.register("paged_attention", attend)
         text_configs = {name for name in network.config.sub_configs if getattr(network.config, name) is text}
@@ -1459,12 +1427,6 @@ def sight_sequences(runner: PagedRunner) -> list[Sequence]:
     length, end = len(prompt.token_ids), runner.num_blocks
     return [Sequence(list(prompt.token_ids), length, SamplingParams(), 0, b"", None, 0, media=prompt.media,
                      block_table=list(range(end - -(-length // runner.block_size), end)))]
-
-
-def whole_logits(network: transformers.PreTrainedModel, seq: Sequence) -> Tensor:
-    """Return the last logits [1, vocab] of a sequence by the network's own code alone."""
-    inputs = {name: x.to(network.device) for name, x in (seq.media.inputs if seq.media else {}).items()}
-    return network(input_ids=torch.tensor([seq.token_ids], device=network.device), use_cache=False, **inputs).logits[0, -1:]
 
 
 def sequential_self_test(runner: SequentialRunner) -> str | None:
@@ -1660,7 +1622,7 @@ def make_runner(model: Model, kernel: Callable[..., Tensor], config: Config) -> 
         return runner, min(useful, max(2, cache_bytes(config, model.device) // block_bytes))
     samples = {seq: len(seq.token_ids) for seq in scratch_sequences(runner, 40) + sight_sequences(runner)}
     before = runner.forward(samples)
-    if not model.adapters and not any(layers for _, layers in runner.embedded.values()):  # these stand inside the layers
+    if not model.adapters and all(len(layers) == 1 for layers in runner.embedded.values()):  # these stand inside the layers
         fuse_layers(runner)
     if model.device.type == "cpu" and not model.adapters:
         linear_cpu.pack_linears(model.network)
@@ -2551,24 +2513,26 @@ def media_error(message: str, where: str) -> APIError:
 
 
 async def fetch_media(messages: list[dict[str, Any]], model: Model, allowed: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Return messages with the bytes of their images in place of addresses. Raises APIError 400."""
-    if "image" not in model.media:  # `plain_content` refuses them
-        return messages
-    parts = [(i, j) for i, message in enumerate(messages) if isinstance(message.get("content"), list) and
-             message.get("role") == "user" for j, part in enumerate(message["content"])
-             if isinstance(part, dict) and part.get("type") in IMAGE_PARTS]
-    if len(parts) > MAX_IMAGES:
-        raise media_error(f"There are {len(parts)} images, and at most {MAX_IMAGES} are taken.", "messages")
-    messages = [{**messages[i], "content": list(messages[i]["content"])} if any(i == k for k, _ in parts) else messages[i]
-                for i in range(len(messages))]
-    deadline = trio.current_time() + FETCH_SECONDS
-    for i, j in parts:
-        where, value = f"messages[{i}].content[{j}].image_url", messages[i]["content"][j].get("image_url")
-        address = value.get("url") if isinstance(value, dict) else value
+    """Return messages with the bytes of users' images in place of their addresses. Raises APIError 400."""
+    deadline, count = trio.current_time() + FETCH_SECONDS, itertools.count(1)
+
+    async def with_bytes(part: Any, where: str) -> Any:
+        if not isinstance(part, dict) or part.get("type") not in IMAGE_PARTS:
+            return part
+        if next(count) > MAX_IMAGES:
+            raise media_error(f"At most {MAX_IMAGES} images are taken.", where)
+        address = part.get("image_url")
+        address = address.get("url") if isinstance(address, dict) else address
         if not isinstance(address, str):
             raise media_error("image_url must be an address, or an object with its url.", where)
-        messages[i]["content"][j] = {"type": "image", "where": where, "data": await read_url(address, where, allowed, deadline)}
-    return messages
+        return {"type": "image", "data": await read_url(address, where, allowed, deadline), "where": where}
+
+    if model.sample is None:  # `plain_content` refuses images
+        return messages
+    return [{**message, "content": [await with_bytes(part, f"messages[{i}].content[{j}].image_url")
+                                    for j, part in enumerate(message["content"])]}
+            if message.get("role") == "user" and isinstance(message.get("content"), list) else message
+            for i, message in enumerate(messages)]
 
 
 async def read_url(address: str, where: str, allowed: tuple[str, ...], deadline: float) -> bytes:
@@ -2643,7 +2607,7 @@ def is_public(text: str) -> bool:
 
 
 def decoded_images(messages: list[dict[str, Any]]) -> tuple[list[PIL.Image.Image], list[bytes]]:
-    """Return the images of the messages, and the hash of each one's bytes. Raises APIError 400."""
+    """Return the images of plain messages, and the hash of each one's bytes. Raises APIError 400."""
     parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]
              if part["type"] == "image"]
     images, left = [], MAX_ALL_PIXELS
@@ -2799,7 +2763,7 @@ def render_chat(model: Model, messages: list[dict[str, Any]], continue_final: bo
     if continue_final and messages[-1]["role"] != "assistant":
         raise APIError(400, "continue_final_message needs an assistant message at the end.", "invalid_messages", "messages")
     images, digests = decoded_images(messages)
-    conversation = [{**m, "content": as_parts(m["content"])} for m in messages] if model.media else messages
+    conversation = [{**m, "content": as_parts(m["content"])} for m in messages] if model.sample else messages
     render = functools.partial(model.tokenizer.apply_chat_template, conversation, tokenize=False, **kwargs)
     try:
         text = render(add_generation_prompt=not continue_final, continue_final_message=continue_final)
