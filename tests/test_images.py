@@ -102,3 +102,97 @@ def test_answers_are_those_of_generate(seeing: LocalServer, folder: Path) -> Non
             assert list(clients.map(lambda messages: ask(seeing, messages), CONVERSATIONS)) == expected
     seeing.assert_idle()
     assert seeing.engine.runner.paged == ("gemma3" not in folder.name)
+
+
+def usage(server: LocalServer, messages: list[dict]) -> tuple[int, int]:
+    """Return how many tokens a prompt has, and how many of them were in the prefix cache."""
+    response = http.post(server.url + "/v1/chat/completions", json={"messages": messages, "max_tokens": 1})
+    assert response.status_code == 200, response.text
+    counts = response.json()["usage"]
+    return counts["prompt_tokens"], counts["prompt_tokens_details"]["cached_tokens"]
+
+
+def test_a_repeated_image_is_a_prefix_hit_and_another_is_not(seeing: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = seeing.engine.runner
+    if not runner.paged:
+        pytest.skip("the cache of a sequence is its own")
+    embedded, embed = [], runner.embed
+    monkeypatch.setattr(runner, "embed", lambda seq: embedded.append(seq) or embed(seq))
+    before = text_part("These words come before the picture, and they are more than two blocks of eight tokens long.")
+
+    def conversation(data: bytes) -> list[dict]:
+        return user(before, image_part(data), text_part("Which picture is that, and what is there to be seen in it?"))
+
+    length, cached = usage(seeing, conversation(ASTRONAUT))
+    assert cached == 0 and len(embedded) == 1
+    assert usage(seeing, conversation(ASTRONAUT)) == (length, (length - 1) // 8 * 8) and len(embedded) == 1
+    other, cached = usage(seeing, conversation(COFFEE))
+    start = len(runner.model.tokenizer.apply_chat_template(user(before), tokenize=True)["input_ids"]) - 2
+    assert 16 <= cached <= start and len(embedded) == 2
+    more = [*conversation(ASTRONAUT), {"role": "assistant", "content": "A portrait."}, *user(image_part(COFFEE))]
+    assert usage(seeing, more)[1] >= (length - 1) // 8 * 8 - 8 and len(embedded) == 3
+    seeing.assert_idle()
+
+
+def test_several_answers_to_one_image(seeing: LocalServer) -> None:
+    response = http.post(seeing.url + "/v1/chat/completions", json={
+        "messages": CONVERSATIONS[0], "n": 3, "max_tokens": 4, "temperature": 0, "logprobs": True})
+    choices = response.json()["choices"]
+    assert len(choices) == 3 and len({choice["message"]["content"] for choice in choices}) == 1
+
+
+def test_a_failing_tower_fails_its_request_alone(seeing: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = seeing.engine.runner
+    if not runner.paged:
+        pytest.skip("every sequence runs alone")
+    good, text = ask(seeing, CONVERSATIONS[3]), ask(seeing, CONVERSATIONS[1])
+    seeing.engine.scheduler.pool.forget()
+    embed = runner.embed
+
+    def fail(seq: serve.Sequence) -> None:
+        raise torch.OutOfMemoryError("no room for this picture")
+
+    monkeypatch.setattr(runner, "embed", fail)
+    body = {"messages": CONVERSATIONS[3], "max_tokens": 4}
+    with ThreadPoolExecutor(4) as clients:
+        failed = [clients.submit(http.post, seeing.url + "/v1/chat/completions", json=body) for _ in range(3)]
+        assert ask(seeing, CONVERSATIONS[1]) == text
+        for response in failed:
+            error = response.result().json()["error"]
+            assert (response.result().status_code, error["code"]) == (500, "model_failed") and "room" not in str(error)
+    monkeypatch.setattr(runner, "embed", embed)
+    assert ask(seeing, CONVERSATIONS[3]) == good, "what the failed sequence left behind was taken for its image"
+    seeing.assert_idle()
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "smolvlm"])
+def test_without_paging_the_answers_are_the_same(family: str, checkpoint: Path, tmp_path: Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    sights.save(family, tmp_path, checkpoint)
+    monkeypatch.setattr(serve, "self_test", lambda runner: "not today")
+    server = LocalServer(str(tmp_path), "--dtype", "float32").start()
+    try:
+        with ThreadPoolExecutor(8) as clients:
+            assert list(clients.map(lambda messages: ask(server, messages), CONVERSATIONS)) == generated(tmp_path, CONVERSATIONS)
+        assert not server.engine.runner.paged
+    finally:
+        server.stop()
+
+
+def refusal(server: LocalServer, messages: list[dict]) -> tuple[int, str, str]:
+    response = http.post(server.url + "/v1/chat/completions", json={"messages": messages, "max_tokens": 1})
+    error = response.json()["error"]
+    return response.status_code, error["code"], error["param"]
+
+
+def test_a_placeholder_in_a_clients_text_is_no_image(seeing: LocalServer) -> None:
+    token = seeing.engine.model.processor.image_token
+    expected = (400, "invalid_media", "messages")
+    assert refusal(seeing, user(image_part(COFFEE), text_part(f"and {token}"))) == expected
+    assert ask(seeing, user(text_part(f"and {token}")))[0] > 0
+
+
+def test_images_count_for_the_context_length(seeing: LocalServer) -> None:
+    many = user(*[image_part(COFFEE), text_part(" word" * 250)] * 8)
+    status, code, _ = refusal(seeing, many)
+    assert (status, code) == (400, "context_length_exceeded")
