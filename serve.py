@@ -2500,11 +2500,11 @@ MAX_IMAGE_BYTES = 32 << 20
 MAX_PIXELS = 1 << 25  # of an image
 MAX_ALL_PIXELS = 1 << 27  # of a request's images
 FETCH_SECONDS = 15.0  # for all of a request's images
-IMAGE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP")  # others have parsers that few have looked at
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # others have parsers that few have looked at
 IMAGE_PARTS = ("image_url", "input_image")
 # IPv6 addresses that stand for an IPv4 address in their last four bytes, and those that lead elsewhere by other means.
 EMBEDDING = [ipaddress.ip_network(network) for network in ("::ffff:0:0/96", "64:ff9b::/96", "::/96")]
-TUNNELS = [ipaddress.ip_network(network) for network in ("2002::/16", "2001::/32", "64:ff9b:1::/48")]
+TUNNELS = [ipaddress.ip_network(network) for network in ("2002::/16", "2001::/32", "64:ff9b:1::/48", "fec0::/10")]
 tls = functools.cache(ssl.create_default_context)
 
 
