@@ -452,6 +452,10 @@ class Media:
     positions: Tensor | None  # [3 or 4, 1, tokens] of the prompt, where rotary positions have several dimensions
     shift: int  # from a token's place to its position, after the prompt
 
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self.inputs.values())
+
     def within(self, start: int, end: int) -> bool:
         """Return whether any of the tokens from `start` up to `end` stands for an image."""
         return any(first < end and start < last for first, last, _ in self.places)
@@ -1048,11 +1052,9 @@ def media_prompt(model: Model, text: str, opening: str, images: list[PIL.Image.I
     takes = inspect.signature(model.network.forward).parameters.keys() - {"attention_mask"}
     inputs = {name: x.to(model.network.dtype) if x.is_floating_point() else x for name, x in made.items() if name in takes}
     positions = model.network._prepare_position_ids_for_generation(ids, dict(inputs))  # the model's own, as in generate()
-    if positions.dim() < 3:
-        media = Media(inputs, places, None, 0)
-    else:
-        media = Media(inputs, places, positions, positions[-1, 0, -1].item() + 1 - ids.shape[1])
-    return Prompt(ids[0].tolist(), opening=opening, media=media)
+    positions = positions if positions.dim() == 3 else None
+    shift = 0 if positions is None else positions[-1, 0, -1].item() + 1 - ids.shape[1]
+    return Prompt(ids[0].tolist(), opening=opening, media=Media(inputs, places, positions, shift))
 
 
 def sample_prompt(model: Model) -> Prompt:
@@ -2101,6 +2103,9 @@ class TokenStream:
         self.engine.wake()
 
 
+MAX_QUEUED_MEDIA = 4 * GIB  # of images that were read and not answered
+
+
 class Engine:
     """One model's continuous batch. All of it but `runner` belongs to the trio thread, so nothing is locked."""
 
@@ -2137,7 +2142,11 @@ class Engine:
         return stream
 
     def check_queue(self, stream: TokenStream) -> None:
-        """Raise APIError 429 if the stream's sequences are more than the queue still takes."""
+        """Raise APIError 429 if the stream's sequences, or their images, are more than the queue still takes."""
+        if any(seq.media for seq in stream.sequences):
+            others = {seq.media for seq in (*self.scheduler.waiting, *self.scheduler.running) if seq.media}
+            if others and sum(media.nbytes for media in others | {seq.media for seq in stream.sequences}) > MAX_QUEUED_MEDIA:
+                raise APIError(429, "Too many images are waiting: try again later.", "queue_full")
         if len(self.scheduler.waiting) + len(stream.sequences) > self.max_queue:
             raise APIError(429, f"{len(self.scheduler.waiting)} sequences are waiting: try again later.", "queue_full")
 
@@ -2496,10 +2505,8 @@ class ModelPool:
 # Turns messages into a `Prompt`: what a client wrote, as the model's own chat template wants it. All media come in here.
 
 MAX_IMAGES = 64  # in a request
-MAX_IMAGE_BYTES = 32 << 20
 MAX_PIXELS = 1 << 25  # of an image
-MAX_ALL_PIXELS = 1 << 27  # of a request's images
-FETCH_SECONDS = 15.0  # for all of a request's images
+MAX_ALL_PIXELS, MAX_FETCHED_BYTES, FETCH_SECONDS = 1 << 27, 64 << 20, 15.0  # of all of a request's images
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # others have parsers that few have looked at
 IMAGE_PARTS = ("image_url", "input_image")
 # IPv6 addresses that stand for an IPv4 address in their last four bytes, and those that lead elsewhere by other means.
@@ -2514,18 +2521,19 @@ def media_error(message: str, where: str) -> APIError:
 
 async def fetch_media(messages: list[dict[str, Any]], model: Model, allowed: tuple[str, ...]) -> list[dict[str, Any]]:
     """Return messages with the bytes of users' images in place of their addresses. Raises APIError 400."""
-    deadline, count = trio.current_time() + FETCH_SECONDS, itertools.count(1)
+    deadline, images = trio.current_time() + FETCH_SECONDS, []
 
     async def with_bytes(part: Any, where: str) -> Any:
         if not isinstance(part, dict) or part.get("type") not in IMAGE_PARTS:
             return part
-        if next(count) > MAX_IMAGES:
+        if len(images) == MAX_IMAGES:
             raise media_error(f"At most {MAX_IMAGES} images are taken.", where)
         address = part.get("image_url")
         address = address.get("url") if isinstance(address, dict) else address
         if not isinstance(address, str):
             raise media_error("image_url must be an address, or an object with its url.", where)
-        return {"type": "image", "data": await read_url(address, where, allowed, deadline), "where": where}
+        images.append(await read_url(address, where, allowed, deadline, MAX_FETCHED_BYTES - sum(map(len, images))))
+        return {"type": "image", "data": images[-1], "where": where}
 
     if model.sample is None:  # `plain_content` refuses images
         return messages
@@ -2535,7 +2543,7 @@ async def fetch_media(messages: list[dict[str, Any]], model: Model, allowed: tup
             for i, message in enumerate(messages)]
 
 
-async def read_url(address: str, where: str, allowed: tuple[str, ...], deadline: float) -> bytes:
+async def read_url(address: str, where: str, allowed: tuple[str, ...], deadline: float, max_bytes: int) -> bytes:
     """Return what a data:, http: or https: address stands for. Raises APIError 400."""
     if address[:5].lower() == "data:":
         head, comma, data = address.partition(",")
@@ -2547,7 +2555,7 @@ async def read_url(address: str, where: str, allowed: tuple[str, ...], deadline:
             raise media_error("A data: address must hold base64.", where) from None
     try:
         with trio.fail_at(deadline):
-            return await fetched(urllib.parse.urlsplit(address), where, allowed)
+            return await fetched(urllib.parse.urlsplit(address), where, allowed, max_bytes)
     except trio.TooSlowError:
         raise media_error(f"The images could not be fetched within {FETCH_SECONDS:.0f} s.", where) from None
     except (OSError, ValueError, trio.BrokenResourceError, h11.ProtocolError) as error:
@@ -2555,13 +2563,12 @@ async def read_url(address: str, where: str, allowed: tuple[str, ...], deadline:
         raise media_error("It could not be fetched.", where) from None
 
 
-async def fetched(url: urllib.parse.SplitResult, where: str, allowed: tuple[str, ...]) -> bytes:
+async def fetched(url: urllib.parse.SplitResult, where: str, allowed: tuple[str, ...], max_bytes: int) -> bytes:
     """Return the body that a server answers with. Raises APIError 400, and what sockets and servers raise."""
     host, secure = url.hostname, url.scheme == "https"
     if url.scheme not in ("http", "https") or not host or "@" in url.netloc:
         raise media_error("Only data:, http: and https: addresses are taken.", where)
-    target = urllib.parse.quote(url.path or "/", safe="%/:=&~+!$,;'@()*")
-    target += "?" + urllib.parse.quote(url.query, safe="%/:=&~+!$,;'@()*?") if url.query else ""
+    target = urllib.parse.quote((url.path or "/") + ("?" + url.query if url.query else ""), safe="%/:=&~+!$,;'@()*?")
     connection = h11.Connection(h11.CLIENT)  # which also refuses a host with anything odd in it
     request = connection.send(h11.Request(method="GET", target=target, headers=[
         ("Host", url.netloc), ("User-Agent", "serve.py"), ("Accept", "image/*"), ("Connection", "close")]))
@@ -2576,8 +2583,8 @@ async def fetched(url: urllib.parse.SplitResult, where: str, allowed: tuple[str,
                 raise media_error(f"Its server answers {event.status_code}; redirects are not followed.", where)
             elif isinstance(event, h11.Data):
                 body += event.data
-                if len(body) > MAX_IMAGE_BYTES:
-                    raise media_error(f"It has more than {MAX_IMAGE_BYTES} bytes.", where)
+                if len(body) > max_bytes:
+                    raise media_error(f"The images have more than {MAX_FETCHED_BYTES} bytes.", where)
         return bytes(body)
 
 

@@ -173,7 +173,8 @@ def test_without_paging_the_answers_are_the_same(family: str, checkpoint: Path, 
     server = LocalServer(str(tmp_path), "--dtype", "float32").start()
     try:
         with ThreadPoolExecutor(8) as clients:
-            assert list(clients.map(lambda messages: ask(server, messages), CONVERSATIONS)) == generated(tmp_path, CONVERSATIONS)
+            answers = list(clients.map(lambda messages: ask(server, messages), CONVERSATIONS))
+        assert answers == generated(tmp_path, CONVERSATIONS)
         assert not server.engine.runner.paged
     finally:
         server.stop()
@@ -196,3 +197,29 @@ def test_images_count_for_the_context_length(seeing: LocalServer) -> None:
     many = user(*[image_part(COFFEE), text_part(" word" * 250)] * 8)
     status, code, _ = refusal(seeing, many)
     assert (status, code) == (400, "context_length_exceeded")
+
+
+def test_what_is_preempted_sees_again(checkpoint: Path, tmp_path: Path) -> None:
+    sights.save("qwen3_vl", tmp_path, checkpoint)
+    server = LocalServer(str(tmp_path), "--dtype", "float32", "--block-size", "4", "--kv-cache-memory", "200000").start()
+    preempt, victims = server.engine.scheduler.preempt, []
+    server.engine.scheduler.preempt = lambda seq: victims.append(seq) or preempt(seq)
+    try:
+        conversations = CONVERSATIONS[:1] + CONVERSATIONS[3:4]
+        with ThreadPoolExecutor(8) as clients:
+            answers = list(clients.map(lambda messages: ask(server, messages, max_tokens=60), 4 * conversations))
+        assert any(seq.media for seq in victims), server.engine.scheduler.pool.num_blocks
+        assert answers == 4 * [ask(server, messages, max_tokens=60) for messages in conversations]
+        server.assert_idle()
+    finally:
+        server.stop()
+
+
+def test_images_that_wait_are_bounded(seeing: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "MAX_QUEUED_MEDIA", 1)
+    body = {"messages": CONVERSATIONS[0], "max_tokens": 1900, "ignore_eos": True, "stream": True}
+    with http.stream("POST", seeing.url + "/v1/chat/completions", json=body) as first:
+        next(first.iter_lines())
+        assert refusal(seeing, CONVERSATIONS[3]) == (429, "queue_full", None)
+    seeing.assert_idle()
+    assert ask(seeing, CONVERSATIONS[3])

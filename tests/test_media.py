@@ -134,10 +134,11 @@ LINK_LOCAL, NAT64 = "169.254.169.254", "[64:ff9b::a9fe:a9fe]"
 
 @pytest.mark.parametrize("address", [
     "/etc/passwd", "file:///etc/passwd", "FILE:///etc/passwd", "ftp://127.0.0.1/a.png", "gopher://127.0.0.1/", "", "http:",
-    "http://", "http:///a.png", "//127.0.0.1/a.png", "http://[::1", "http://127.0.0.1:99999/", "http://127.0.0.1:x/",
+    "http://", "http:///a.png", "//127.0.0.1/a.png",
+    "http://[::1", "http://127.0.0.1:99999/", "http://127.0.0.1:x/",
     "http://user@127.0.0.1/", "http://127.0.0.1\\@evil.example/", "http://127.0.0.1\r\nX: y/", "http://a b/",
-    "http://\u2024/",     f"http://{LINK_LOCAL}/latest/meta-data", f"http://{NAT64}/", "http://[::ffff:127.0.0.1]/", "http://[::1]/", "http://0/",
-    "http://10.0.0.1/", "http://0x7f000001/", "http://2130706433/", "http://localhost/", "http://127.1/", "http://[fe80::1%25lo]/",
+    "http://\u2024/", f"http://{LINK_LOCAL}/latest/meta-data", f"http://{NAT64}/", "http://[::ffff:127.0.0.1]/",
+    "http://[::1]/", "http://0/", "http://10.0.0.1/", "http://0x7f000001/", "http://2130706433/", "http://localhost/", "http://127.1/", "http://[fe80::1%25lo]/",
     "https://localhost:1/", "data:image/png;base64,%%%", "data:image/png;base64,AAA", "data:image/png,AAAA", "data:",
     data(b""), data(SVG), data(PNG[:200]), data(b"GIF89a"), data(huge_png(60000, 60000)), data(huge_png(9000, 9000)),
     data(encoded(PICTURE, "TIFF")), data(encoded(PICTURE, "PDF")), data(encoded(PICTURE, "EPS")), None, 5, {}, []])
@@ -154,7 +155,7 @@ def test_what_is_no_image_is_refused(seeing: LocalServer, address: object) -> No
 def test_servers_that_misbehave(seeing: LocalServer, pictures: str, path: str, reason: str,
                                 monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "FETCH_SECONDS", 0.5)
-    monkeypatch.setattr(serve, "MAX_IMAGE_BYTES", 1 << 20)
+    monkeypatch.setattr(serve, "MAX_FETCHED_BYTES", 1 << 20)
     status, error = show(seeing, part(f"http://{pictures}{path}"))
     assert (status, error["code"]) == (400, "invalid_media") and reason in error["message"], error
     assert len(Pictures.seen) == 1, "it was asked more than once, or another was"
@@ -179,9 +180,9 @@ def test_a_name_is_looked_up_once(seeing: LocalServer, pictures: str, monkeypatc
 def test_tls_is_for_the_name(seeing: LocalServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     try:
-        subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
-                        "-subj", "/CN=pictures.example", "-addext", "subjectAltName=DNS:pictures.example", "-keyout", key, "-out",
-                        certificate], check=True, capture_output=True)
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days",
+                        "2", "-subj", "/CN=pictures.example", "-addext", "subjectAltName=DNS:pictures.example", "-keyout", key,
+                        "-out", certificate], check=True, capture_output=True)
     except FileNotFoundError:
         pytest.skip("no openssl to make a certificate with")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Pictures)
@@ -219,7 +220,8 @@ def test_public_addresses(text: str, public: bool) -> None:
 @pytest.mark.parametrize("content", [
     PNG, encoded(PICTURE, "JPEG"), encoded(PICTURE, "WEBP", lossless=True), encoded(PICTURE, "GIF"), encoded(PICTURE, "BMP"),
     encoded(PICTURE.convert("RGBA")), encoded(PICTURE.convert("P")), encoded(PICTURE.convert("LA")),
-    encoded(PICTURE.convert("1")), encoded(PICTURE.convert("CMYK"), "JPEG"), encoded(PICTURE, "GIF", save_all=True, append_images=[PICTURE.rotate(90)] * 3),
+    encoded(PICTURE.convert("1")), encoded(PICTURE.convert("CMYK"), "JPEG"),
+    encoded(PICTURE, "GIF", save_all=True, append_images=[PICTURE.rotate(90)] * 3),
     encoded(PICTURE, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0")])
 def test_decodes_as_transformers_does(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "image"
