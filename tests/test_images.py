@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import base64
 import io
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -216,10 +217,20 @@ def test_what_is_preempted_sees_again(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_images_that_wait_are_bounded(seeing: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, begun, going_on = seeing.engine.runner, threading.Event(), threading.Event()
+    forward = runner.forward
+
+    def halted(batch: serve.Batch) -> torch.Tensor:
+        begun.set()
+        assert going_on.wait(20)
+        return forward(batch)
+
     monkeypatch.setattr(serve, "MAX_QUEUED_MEDIA", 1)
-    body = {"messages": CONVERSATIONS[0], "max_tokens": 1900, "ignore_eos": True, "stream": True}
-    with http.stream("POST", seeing.url + "/v1/chat/completions", json=body) as first:
-        next(first.iter_lines())
-        assert refusal(seeing, CONVERSATIONS[3]) == (429, "queue_full", None)
-    seeing.assert_idle()
+    monkeypatch.setattr(runner, "forward", halted)
+    with ThreadPoolExecutor() as clients:
+        first = clients.submit(ask, seeing, CONVERSATIONS[0])
+        assert begun.wait(20)
+        refused = refusal(seeing, CONVERSATIONS[3])
+        going_on.set()
+        assert refused == (429, "queue_full", None) and first.result()
     assert ask(seeing, CONVERSATIONS[3])

@@ -138,7 +138,8 @@ LINK_LOCAL, NAT64 = "169.254.169.254", "[64:ff9b::a9fe:a9fe]"
     "http://[::1", "http://127.0.0.1:99999/", "http://127.0.0.1:x/",
     "http://user@127.0.0.1/", "http://127.0.0.1\\@evil.example/", "http://127.0.0.1\r\nX: y/", "http://a b/",
     "http://\u2024/", f"http://{LINK_LOCAL}/latest/meta-data", f"http://{NAT64}/", "http://[::ffff:127.0.0.1]/",
-    "http://[::1]/", "http://0/", "http://10.0.0.1/", "http://0x7f000001/", "http://2130706433/", "http://localhost/", "http://127.1/", "http://[fe80::1%25lo]/",
+    "http://[::1]/", "http://0/", "http://10.0.0.1/", "http://0x7f000001/", "http://2130706433/", "http://localhost/",
+    "http://127.1/", "http://[fe80::1%25lo]/",
     "https://localhost:1/", "data:image/png;base64,%%%", "data:image/png;base64,AAA", "data:image/png,AAAA", "data:",
     data(b""), data(SVG), data(PNG[:200]), data(b"GIF89a"), data(huge_png(60000, 60000)), data(huge_png(9000, 9000)),
     data(encoded(PICTURE, "TIFF")), data(encoded(PICTURE, "PDF")), data(encoded(PICTURE, "EPS")), None, 5, {}, []])
