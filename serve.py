@@ -1439,20 +1439,25 @@ def sequential_self_test(runner: SequentialRunner) -> str | None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(runner.model.vocab_size, (2, 8), generator=generator).tolist()
     try:
-        alone = [runner.last_logits(Sequence(row, 6, SamplingParams(), 0, b"", None, 0)) for row in ids]
-        turns = [Sequence(row[:6], 6, SamplingParams(), 0, b"", None, 0) for row in ids]
-        sizes = []
-        for i in (6, 7, 8):
-            together = [runner.last_logits(seq) for seq in turns]
-            sizes.append(tensor_bytes(turns[0].cache, set()))
-            for seq, row in zip(turns, ids):
-                seq.token_ids += row[i:i + 1]
+        alone = torch.cat([in_turns(runner, [row])[0] for row in ids])
+        together, sizes = in_turns(runner, ids)
         runner.token_bytes = sizes[2] - sizes[1]
     except Exception as error:  # whatever a model's own code raises
         log.debug("self-test", exc_info=True)
         return f"{type(error).__name__}: {error}"
-    worst = relative_error(torch.cat(together), torch.cat(alone))
-    return None if worst < (1e-3 if alone[0].dtype == torch.float32 else 0.3) else "its sequences are not kept apart"
+    worst = relative_error(together, alone)
+    return None if worst < (1e-3 if alone.dtype == torch.float32 else 0.3) else "its sequences are not kept apart"
+
+
+def in_turns(runner: SequentialRunner, rows: list[list[int]]) -> tuple[Tensor, list[int]]:
+    """Compute sequences in turns, of 6 tokens and two more; return their last logits, and the sizes of the first's cache."""
+    sequences, sizes = [Sequence(row[:6], 6, SamplingParams(), 0, b"", None, 0) for row in rows], []
+    for i in (6, 7, 8):
+        logits = [runner.last_logits(seq) for seq in sequences]
+        sizes.append(tensor_bytes(sequences[0].cache, set()))
+        for seq, row in zip(sequences, rows):
+            seq.token_ids += row[i:i + 1]
+    return torch.cat(logits), sizes
 
 
 def tensor_bytes(value: Any, seen: set[int]) -> int:
