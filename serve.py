@@ -37,6 +37,7 @@ import html
 import importlib
 import inspect
 import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -57,6 +58,7 @@ import tempfile
 import threading
 import time
 import types
+import urllib.parse
 import uuid
 import warnings
 import weakref
@@ -95,6 +97,8 @@ import llguidance.hf
 import msgspec
 import numpy
 import outcome
+import PIL.Image
+import PIL.ImageOps
 import psutil
 import safetensors.torch
 import torch
@@ -314,6 +318,8 @@ class Config:
     max_body_size: float = flag(float(64 << 20), "server", "bytes of a request's body (64MiB)", memory, metavar="SIZE")
     request_timeout: float = flag(0.0, "server", "seconds after which a request that is not answered fails; 0: never",
                                   at_least(0, float))
+    allowed_media_domain: tuple[str, ...] = flag((), "server", "fetch images from this host even where its address is not "
+                                                 "public; repeatable", str.lower, metavar="HOST")
     grace_period: float = flag(8.0, "server", "seconds that running requests get to finish at shutdown", at_least(0, float))
     log_level: str = flag("info", "server", "how much to log", choices=["debug", "info", "warning", "error", "critical"])
     log_format: str = flag("text", "server", "json: every line of the log is an object", choices=["text", "json"])
@@ -531,6 +537,29 @@ def block_hash(parent: bytes, token_ids: list[int]) -> bytes:
 # What a request becomes: prompts, sampling params, and sequences of tokens that grow one by one.
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Media:
+    """The images of a prompt, as the model's own processor makes them for its forward."""
+
+    inputs: dict[str, Tensor]
+    places: list[tuple[int, int, bytes]]  # which tokens stand for an image, from the first up to another, and its hash
+    positions: Tensor | None  # [3 or 4, 1, tokens] of the prompt, where rotary positions have several dimensions
+    shift: int  # from a token's place to its position, after the prompt
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self.inputs.values())
+
+    def within(self, start: int, end: int) -> bool:
+        """Return whether any of the tokens from `start` up to `end` stands for an image."""
+        return any(first < end and start < last for first, last, _ in self.places)
+
+    def salt(self, parent: bytes, start: int, end: int) -> bytes:
+        """Return the parent of a block's hash with the hashes of the images that begin in it."""
+        digests = [digest for first, _, digest in self.places if start <= first < end]
+        return hashlib.blake2b(b"".join([parent, *digests]), digest_size=16).digest() if digests else parent
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """What the model reads first. `salt` keeps prompts apart in the prefix cache that only look the same as token ids."""
@@ -538,6 +567,7 @@ class Prompt:
     token_ids: list[int]
     salt: bytes = b""
     opening: str = ""  # what the template has written of the answer already: its header, perhaps the start of its reasoning
+    media: Media | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -599,6 +629,7 @@ class Sequence:
     error: APIError | None = None
     cache: Any = None  # the fallback runner's own Hugging Face cache
     adapter: str | None = None  # with which it is computed
+    media: Media | None = None
     matcher: llguidance.LLMatcher | None = None  # where in its grammar the answer is: it has seen the generated tokens
     queued_at: float = 0.0  # this and the other times: seconds of the monotonic clock
     admitted_at: float = 0.0
@@ -633,6 +664,8 @@ class Sequence:
         while len(self.block_hashes) < count:
             start = len(self.block_hashes) * block_size
             parent = self.block_hashes[-1] if self.block_hashes else self.salt
+            if self.media:
+                parent = self.media.salt(parent, start, start + block_size)
             self.block_hashes.append(block_hash(parent, self.token_ids[start:start + block_size]))
         return self.block_hashes[:count]
 
@@ -830,12 +863,17 @@ class Model:
     adapters: frozenset[str] = frozenset()
     active: str | None = None  # the adapter that the network computes with now
     kind: str = "text"  # one of KINDS
-    processor: Any = None  # of speech: what turns audio into the network's input
+    processor: transformers.ProcessorMixin | None = None  # of speech, and of a text generator that takes more than text
+    sample: Prompt | None = None  # with an image, if the model sees
     pooling: list[PoolingStep] = field(default_factory=list)  # of an encoder
 
     @property
     def device(self) -> torch.device:
         return self.network.device
+
+    def adds_special_tokens(self, text: str) -> bool:
+        """Return whether a rendered conversation gets special tokens: processors add those that a template did not write."""
+        return self.processor is not None and not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
 
     def activate(self, adapter: str | None) -> None:
         """Let the network compute with one of its adapters, or with none."""
@@ -1022,7 +1060,10 @@ def kind_of(checkpoint: Checkpoint, config: transformers.PreTrainedConfig) -> tu
         auto.MODEL_MAPPING_NAMES, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES)
     if Path(checkpoint.folder, "modules.json").exists() or masked and not is_from(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         return "encoder", transformers.AutoModel
-    return "text", transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    if config.is_encoder_decoder:
+        return "text", transformers.AutoModelForSeq2SeqLM
+    sees = type(config) in transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING
+    return "text", transformers.AutoModelForMultimodalLM if sees else transformers.AutoModelForCausalLM
 
 
 def load_network(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool, **placement: Any) -> transformers.PreTrainedModel:
@@ -1159,6 +1200,10 @@ def load_model(name: str, checkpoint: Checkpoint, config: Config, first: bool, r
         log.debug("load", exc_info=True)
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise APIError(400, f"The model {name!r} cannot be loaded: {reason}", "model_not_supported", "model") from error
+    if kind == "text" and hasattr(network.config, "text_config"):
+        processor = load_processor(checkpoint, config.trust_remote_code)
+    if kind == "text" and processor and tokenizer.chat_template is None:
+        tokenizer.chat_template = processor.chat_template
     if first and config.chat_template:
         tokenizer.chat_template = Path(config.chat_template).read_text()
     generation = getattr(network, "generation_config", None) or transformers.GenerationConfig()
@@ -1171,13 +1216,59 @@ def load_model(name: str, checkpoint: Checkpoint, config: Config, first: bool, r
     if kind == "encoder":
         cut = read_settings(folder / "sentence_bert_config.json").get("max_seq_length")
         longest = min(longest, tokenizer.model_max_length, cut or longest)
-    return Model(
+    model = Model(
         id=name, network=network, tokenizer=tokenizer, generation=generation, vocab_size=text.vocab_size,
+        processor=processor,
         eos_token_ids=frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos]),
         max_model_len=min(longest, config.max_model_len or longest), created=int(time.time()), adapters=frozenset(adapters),
         special_ids=frozenset(tokenizer.all_special_ids), longest_token=max(map(len, tokenizer.get_vocab())),
         byte_level="ByteLevel" in repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)),
-        kind=kind, processor=processor, pooling=pooling)
+        kind=kind, pooling=pooling)
+    if processor and kind == "text":
+        try:
+            model.sample = sample_prompt(model)
+        except Exception as error:  # of a processor or a template that is not ours
+            log.warning("%s takes no images: %s", name, error)
+    return model
+
+
+def load_processor(checkpoint: Checkpoint, trust_remote_code: bool) -> transformers.ProcessorMixin | None:
+    """Load what prepares pictures and sounds for a model, or say why it goes without."""
+    if not transformers.utils.is_torchvision_available():  # only videos need it, which are not taken
+        mixin = importlib.import_module("transformers.video_processing_utils").VideoProcessorMixin
+        transformers.processing_utils.transformers_module.VideoProcessorMixin = mixin
+        videos = importlib.import_module("transformers.models.auto.video_processing_auto").AutoVideoProcessor
+        videos.from_pretrained = lambda *_, **__: mixin()
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # files and code that are not ours
+        log.warning("%s takes text only: %s", checkpoint.folder, (str(error) or type(error).__name__).strip().splitlines()[0])
+        return None
+    return processor if isinstance(processor, transformers.ProcessorMixin) else None
+
+
+def media_prompt(model: Model, text: str, opening: str, images: list[PIL.Image.Image], digests: list[bytes]) -> Prompt:
+    """Return the prompt that a processor makes of a rendered conversation with images. Raises whatever that raises."""
+    specials = {} if model.adds_special_tokens(text) else {"add_special_tokens": False}
+    made = model.processor(text=[text], images=[images], return_tensors="pt", return_offsets_mapping=True,
+                           return_mm_token_type_ids=True, return_text_replacement_offsets=True, **specials)
+    ids, starts = made.pop("input_ids"), made.pop("offset_mapping")[0, :, 0].tolist()
+    spans = [replaced["new_span"] for replaced in made.pop("text_replacement_offsets")[0]]
+    places = [(bisect.bisect_left(starts, start), bisect.bisect_left(starts, end), digest)
+              for (start, end), digest in zip(spans, digests, strict=True)]
+    takes = inspect.signature(model.network.forward).parameters.keys() - {"attention_mask"}
+    inputs = {name: x.to(model.network.dtype) if x.is_floating_point() else x for name, x in made.items() if name in takes}
+    positions = model.network._prepare_position_ids_for_generation(ids, dict(inputs))  # the model's own, as in generate()
+    positions = positions if positions.dim() == 3 else None
+    shift = 0 if positions is None else positions[-1, 0, -1].item() + 1 - ids.shape[1]
+    return Prompt(ids[0].tolist(), opening=opening, media=Media(inputs, places, positions, shift))
+
+
+def sample_prompt(model: Model) -> Prompt:
+    """Return a prompt with a picture of noise."""
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
+    noise = PIL.Image.frombytes("RGB", (96, 64), random.Random(0).randbytes(96 * 64 * 3))
+    return media_prompt(model, model.tokenizer.apply_chat_template([message], tokenize=False), "", [noise], [b""])
 
 
 def return_memory() -> None:
@@ -1224,8 +1315,9 @@ def ragged(batch: Batch, block_size: int, device: torch.device) -> Ragged:
     width = max(len(seq.block_table) for seq in batch)
     for seq, count in batch.items():
         start, end, table = seq.num_computed_tokens, seq.num_computed_tokens + count, seq.block_table
+        shift = seq.media.shift if seq.media else 0
         ids.extend(seq.token_ids[start:end])
-        positions.extend(range(start, end))
+        positions.extend(range(start + shift, end + shift))
         slots.extend([table[p // block_size] * block_size + p % block_size for p in range(start, end)])
         if start < seq.num_shared_tokens:  # written already, by another: block 0 is for what nobody reads
             slots[len(ids) - count] = 0
@@ -1263,6 +1355,44 @@ def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, a
     return out.unsqueeze(0), None
 
 
+class LanguageInputs(Exception):
+    """What a language model is called with, raised before it runs."""
+
+
+def language_inputs(network: transformers.PreTrainedModel, seq: Sequence) -> dict[str, Any]:
+    """Return what a network's own code gives its language model for a prompt: embeddings, with those of images in place."""
+
+    def stop(_: torch.nn.Module, __: tuple, kwargs: dict[str, Any]) -> None:
+        raise LanguageInputs(kwargs)
+
+    hook = network.get_decoder().register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
+    try:
+        network(**whole_prompt(network, seq), use_cache=False)
+    except LanguageInputs as called:
+        return called.args[0]
+    finally:
+        hook.remove()
+    raise NotImplementedError("its language model is not called")
+
+
+def whole_prompt(network: transformers.PreTrainedModel, seq: Sequence) -> dict[str, Tensor]:
+    """Return what a network is called with for a prompt."""
+    inputs = {"input_ids": torch.tensor([seq.token_ids[:seq.num_prompt_tokens]])} | (seq.media.inputs if seq.media else {})
+    return {name: x.to(network.device) for name, x in inputs.items()}
+
+
+def unpageable(given: dict[str, Any]) -> str | None:
+    """Return why what a language model is given with an image cannot be given to it in chunks, or None."""
+    known = {"inputs_embeds", "position_ids", "attention_mask", "visual_pos_masks", "deepstack_visual_embeds"}
+    if others := sorted(name for name, x in given.items() if isinstance(x, Tensor | list | tuple) and name not in known):
+        return f"with an image, its language model takes {others[0]}"
+    masks = given.get("attention_mask")
+    for mask in masks.values() if isinstance(masks, dict) else [masks]:
+        if mask is not None and mask.dim() == 4 and (mask if mask.dtype == torch.bool else mask > -1).triu(1).any():
+            return "images attend in both directions"
+    return None
+
+
 class PagedRunner:
     """Runs ragged batches; each layer's keys and values are in [num_blocks, block_size, kv_heads, head_dim] tensors."""
 
@@ -1271,10 +1401,15 @@ class PagedRunner:
     def __init__(self, model: Model, kernel: Callable[..., Tensor], block_size: int) -> None:
         self.model, self.attention, self.block_size = model, kernel, block_size
         self.num_blocks = 1 + 4 * -(-64 // block_size)  # enough for scratch_sequences
+        self.num_blocks += -(-len(model.sample.token_ids) // block_size) if model.sample else 0  # and for sight_sequences
         self.caches: dict[int, tuple[Tensor, Tensor]] = {}
         self.batch: Ragged | None = None
         self.calls, self.options = 0, {}  # how often `attend` was called, and with which arguments by layer
         self.states: Tensor | None = None  # [1, samples, hidden] or [1, tokens, hidden]: what the logits were computed from
+        self.embedded: dict[Media, list[Tensor]] = {}  # what the last step needed of `embed`
+        self.seen: list[tuple[Tensor | None, slice, slice, list[Tensor]]] = []  # the step's prompts with media, for `merge`
+        if model.sample:
+            model.network.get_decoder().register_forward_pre_hook(self.merge, with_kwargs=True)
         self.keeps_logits = "logits_to_keep" in inspect.signature(model.network.forward).parameters
 
     def layer_cache(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -1301,9 +1436,48 @@ class PagedRunner:
         for layer, (k, v) in shapes.items():
             self.layer_cache(layer, k, v)
 
+    def embed(self, seq: Sequence) -> list[Tensor]:
+        """Return a prompt's embeddings [tokens, hidden], images in place, and what is added to them after the first layers."""
+        given = language_inputs(self.model.network, seq)
+        whole = given["inputs_embeds"][0]
+        return [whole, *(torch.zeros_like(whole).masked_scatter(given["visual_pos_masks"][0, :, None], added.to(whole.dtype))
+                         for added in given.get("deepstack_visual_embeds") or ())]
+
+    def look(self, batch: Batch) -> None:
+        """Embed the images that this batch computes any token of."""
+        before, self.embedded, self.seen, row = self.embedded, {}, [], 0
+        for seq, count in batch.items():
+            start, end = seq.num_computed_tokens, min(seq.num_computed_tokens + count, seq.num_prompt_tokens)
+            if seq.media and start < end:
+                if seq.media.within(start, end):
+                    before[seq.media] = self.embedded[seq.media] = before.get(seq.media) or self.embed(seq)
+                layers = self.embedded.get(seq.media, [])
+                self.seen.append((seq.media.positions, slice(row, row + end - start), slice(start, end), layers))
+            row += count
+
+    def merge(self, _: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Replace what the language model is called with in the rows of prompts with media."""
+        if getattr(_step, "runner", None) is not self or not self.seen:
+            return None
+        merged = [kwargs["inputs_embeds"][0].clone()]
+        if (first := self.seen[0][0]) is not None:
+            kwargs["position_ids"] = self.batch.positions.expand(len(first), 1, -1).clone()
+        for positions, rows, span, layers in self.seen:
+            if positions is not None:
+                kwargs["position_ids"][..., rows] = positions[..., span].to(self.batch.positions.device)
+            merged += [torch.zeros_like(merged[0]) for _ in layers[len(merged):]]
+            for rows_of, layer in zip(merged, layers):
+                rows_of[rows] = layer[span]
+        kwargs["inputs_embeds"] = merged[0][None]
+        if merged[1:]:
+            everywhere = torch.ones_like(self.batch.positions, dtype=torch.bool)
+            kwargs |= {"visual_pos_masks": everywhere, "deepstack_visual_embeds": merged[1:]}
+        return args, kwargs
+
     def forward(self, batch: Batch) -> Tensor:
         """Return the logits [samples, vocab] of the sequences that this batch computes to their end, then of scored tokens."""
         self.model.activate(next(iter(batch)).adapter)
+        self.look(batch)
         self.batch = ragged(batch, self.block_size, self.model.device)
         _step.runner = self
         keep = {"logits_to_keep": self.batch.logits_rows} if self.keeps_logits else {}
@@ -1345,6 +1519,10 @@ class SequentialRunner:
         known = torch.tensor([seq.token_ids], device=device)  # [1, tokens]
         if first := seq.cache is None:
             seq.cache = {"use_cache": True}
+            if seq.media:
+                seq.cache |= {name: x.to(device) for name, x in seq.media.inputs.items()}
+            if self.model.processor:  # else some go by where another sequence was
+                seq.cache["position_ids"] = network._prepare_position_ids_for_generation(known, dict(seq.cache))
             if network.config.is_encoder_decoder:
                 prompt = known[:, :seq.num_prompt_tokens]
                 seq.cache["encoder_outputs"] = network.get_encoder()(input_ids=prompt, return_dict=True)
@@ -1416,14 +1594,19 @@ def self_test(runner: PagedRunner) -> str | None:
     if kinds - {"full_attention", "sliding_attention"} or getattr(text, "attention_chunk_size", None):
         return "layers: " + ", ".join(sorted(kinds))
     own = network.config._attn_implementation
-    one, two = scratch_sequences(runner, 13, 9)
-    prompts = [torch.tensor([seq.token_ids], device=runner.model.device) for seq in (one, two)]
+    (one, two), sights = scratch_sequences(runner, 13, 9), sight_sequences(runner)
     try:
-        expected = torch.cat([network(input_ids=prompt, use_cache=False).logits[0, -1:] for prompt in prompts])
+        expected = torch.cat([network(**whole_prompt(network, seq), use_cache=False).logits[0, -1:]
+                              for seq in (one, *sights, two)])
+        for seq in sights:
+            if problem := unpageable(language_inputs(network, seq)):
+                return problem
         transformers.AttentionInterface.register("paged_attention", attend)
-        network.set_attn_implementation("paged_attention")
-        advance(runner, {one: 7, two: 4})
-        second, first = advance(runner, {one: 5, two: 5}), advance(runner, {one: 1})
+        text_configs = {name for name in network.config.sub_configs if getattr(network.config, name) is text}
+        network.set_attn_implementation(dict.fromkeys({"", *text_configs}, "paged_attention"))  # towers keep their own
+        advance(runner, {one: 7, **{seq: len(seq.token_ids) // 2 for seq in sights}, two: 4})
+        second = advance(runner, {one: 5, **dict.fromkeys(sights, 1), two: 5})
+        first = advance(runner, {one: 1, **{seq: len(seq.token_ids) - seq.num_computed_tokens for seq in sights}})
         worst, problem = relative_error(torch.cat([first, second]), expected), None
         if len(runner.caches) != text.num_hidden_layers or runner.calls != 3 * len(runner.caches):
             problem = f"{len(runner.caches)} of {text.num_hidden_layers} layers attend through ours"
@@ -1441,6 +1624,15 @@ def self_test(runner: PagedRunner) -> str | None:
     return problem
 
 
+def sight_sequences(runner: PagedRunner) -> list[Sequence]:
+    """Return a sequence with a picture, in blocks of its own, or none for a model that sees none."""
+    if (prompt := runner.model.sample) is None:
+        return []
+    length, end = len(prompt.token_ids), runner.num_blocks
+    return [Sequence(list(prompt.token_ids), length, SamplingParams(), 0, b"", None, 0, media=prompt.media,
+                     block_table=list(range(end - -(-length // runner.block_size), end)))]
+
+
 def sequential_self_test(runner: SequentialRunner) -> str | None:
     """Compare two sequences that take turns with each alone; return what is wrong, or None.
 
@@ -1449,20 +1641,27 @@ def sequential_self_test(runner: SequentialRunner) -> str | None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(runner.model.vocab_size, (2, 8), generator=generator).tolist()
     try:
-        alone = [runner.last_logits(Sequence(row, 6, SamplingParams(), 0, b"", None, 0)) for row in ids]
-        turns = [Sequence(row[:6], 6, SamplingParams(), 0, b"", None, 0) for row in ids]
-        sizes = []
-        for i in (6, 7, 8):
-            together = [runner.last_logits(seq) for seq in turns]
-            sizes.append(tensor_bytes(turns[0].cache, set()))
-            for seq, row in zip(turns, ids):
-                seq.token_ids += row[i:i + 1]
+        # Those that see may attend to a prompt in both directions: how long it is, makes a difference.
+        whole = 6 if runner.model.sample else 8
+        alone = torch.cat([in_turns(runner, [row], whole)[0] for row in ids])
+        together, sizes = in_turns(runner, ids)
         runner.token_bytes = sizes[2] - sizes[1]
     except Exception as error:  # whatever a model's own code raises
         log.debug("self-test", exc_info=True)
         return f"{type(error).__name__}: {error}"
-    worst = relative_error(torch.cat(together), torch.cat(alone))
-    return None if worst < (1e-3 if alone[0].dtype == torch.float32 else 0.3) else "its sequences are not kept apart"
+    worst = relative_error(together, alone)
+    return None if worst < (1e-3 if alone.dtype == torch.float32 else 0.3) else "its sequences are not kept apart"
+
+
+def in_turns(runner: SequentialRunner, rows: list[list[int]], first: int = 6) -> tuple[Tensor, list[int]]:
+    """Compute sequences in turns, all but their `first` tokens one by one; return their last logits, and a cache's sizes."""
+    sequences, sizes = [Sequence(row[:first], 6, SamplingParams(), 0, b"", None, 0) for row in rows], []
+    for i in range(first, 9):
+        logits = [runner.last_logits(seq) for seq in sequences]
+        sizes.append(tensor_bytes(sequences[0].cache, set()))
+        for seq, row in zip(sequences, rows):
+            seq.token_ids += row[i:i + 1]
+    return torch.cat(logits), sizes
 
 
 def tensor_bytes(value: Any, seen: set[int]) -> int:
@@ -1632,13 +1831,15 @@ def make_runner(model: Model, kernel: Callable[..., Tensor], config: Config) -> 
             raise APIError(400, f"The model {model.id!r} cannot be run: {problem}", "model_not_supported", "model")
         block_bytes = max(1, runner.token_bytes) * config.block_size  # here blocks only count tokens
         return runner, min(useful, max(2, cache_bytes(config, model.device) // block_bytes))
-    before = advance(runner, {scratch_sequences(runner, 40)[0]: 40})
-    if not model.adapters:  # these stand inside the layers, one of them at a time
+    samples = {seq: len(seq.token_ids) for seq in scratch_sequences(runner, 40) + sight_sequences(runner)}
+    before = runner.forward(samples)
+    if not model.adapters and all(len(layers) == 1 for layers in runner.embedded.values()):  # these stand inside the layers
         fuse_layers(runner)
     if model.device.type == "cpu" and not model.adapters:
         linear_cpu.pack_linears(model.network)
+    runner.embedded.clear()
     runner.watch_states()
-    after = advance(runner, {scratch_sequences(runner, 40)[0]: 40})  # what was patched and packed, together, once
+    after = runner.forward(samples)  # what was patched and packed, together, once
     if not (difference := relative_error(after, before)) < 0.1:
         raise APIError(400, f"The model {model.id!r} cannot be run: fused, its logits differ by {difference:.1e}",
                        "model_not_supported", "model")
@@ -2168,6 +2369,9 @@ class TokenStream:
         self.engine.wake()
 
 
+MAX_QUEUED_MEDIA = 4 * GIB  # of images that were read and not answered
+
+
 class Engine:
     """One model's continuous batch. All of it but `runner` belongs to the trio thread, so nothing is locked."""
 
@@ -2201,7 +2405,8 @@ class Engine:
             self.check_length(prompt)
             seed = self.seeds.getrandbits(64) if sampling.seed is None else sampling.seed + i
             stream.sequences.append(Sequence(list(prompt.token_ids), len(prompt.token_ids), sampling, seed, prompt.salt, stream,
-                                             len(stream.sequences), matcher=sampling.grammar and sampling.grammar.deep_copy()))
+                                             len(stream.sequences), matcher=sampling.grammar and sampling.grammar.deep_copy(),
+                                             media=prompt.media))
         if len(stream.sequences) > self.max_queue:
             raise APIError(400, f"One request can have at most {self.max_queue} answers here.", "invalid_value", "n")
         self.check_queue(stream)
@@ -2209,7 +2414,11 @@ class Engine:
         return stream
 
     def check_queue(self, stream: TokenStream) -> None:
-        """Raise APIError 429 if the stream's sequences are more than the queue still takes."""
+        """Raise APIError 429 if the stream's sequences, or their images, are more than the queue still takes."""
+        if any(seq.media for seq in stream.sequences):
+            others = {seq.media for seq in (*self.scheduler.waiting, *self.scheduler.running) if seq.media}
+            if others and sum(media.nbytes for media in others | {seq.media for seq in stream.sequences}) > MAX_QUEUED_MEDIA:
+                raise APIError(429, "Too many images are waiting: try again later.", "queue_full")
         waiting = len(self.scheduler.waiting) + sum(len(other.sequences) for other in self.promised)
         if waiting + len(stream.sequences) > self.max_queue:
             raise APIError(429, f"{waiting} sequences are waiting: try again later.", "queue_full")
@@ -2754,13 +2963,148 @@ class ModelPool:
 
 
 # ── Prompts ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-# Turns messages into a `Prompt`: what a client wrote, as the model's own chat template wants it.
+# Turns messages into a `Prompt`: what a client wrote, as the model's own chat template wants it. All media come in here.
+
+MAX_IMAGES = 64  # in a request
+MAX_PIXELS = 1 << 25  # of an image
+MAX_ALL_PIXELS, MAX_FETCHED_BYTES, FETCH_SECONDS = 1 << 27, 64 << 20, 15.0  # of all of a request's images
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # others have parsers that few have looked at
+IMAGE_PARTS = ("image_url", "input_image")
+# IPv6 addresses that stand for an IPv4 address in their last four bytes, and those that lead elsewhere by other means.
+EMBEDDING = [ipaddress.ip_network(network) for network in ("::ffff:0:0/96", "64:ff9b::/96", "::/96")]
+TUNNELS = [ipaddress.ip_network(network) for network in ("2002::/16", "2001::/32", "64:ff9b:1::/48", "fec0::/10")]
+tls = functools.cache(ssl.create_default_context)
+
+
+def media_error(message: str, where: str) -> APIError:
+    return APIError(400, message, "invalid_media", where)
+
+
+async def fetch_media(messages: list[dict[str, Any]], model: Model, allowed: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return messages with the bytes of users' images in place of their addresses. Raises APIError 400."""
+    deadline, images = trio.current_time() + FETCH_SECONDS, []
+
+    async def with_bytes(part: Any, where: str) -> Any:
+        if not isinstance(part, dict) or part.get("type") not in IMAGE_PARTS:
+            return part
+        if len(images) == MAX_IMAGES:
+            raise media_error(f"At most {MAX_IMAGES} images are taken.", where)
+        address = part.get("image_url")
+        address = address.get("url") if isinstance(address, dict) else address
+        if not isinstance(address, str):
+            raise media_error("image_url must be an address, or an object with its url.", where)
+        images.append(await read_url(address, where, allowed, deadline, MAX_FETCHED_BYTES - sum(map(len, images))))
+        return {"type": "image", "data": images[-1], "where": where}
+
+    if model.sample is None:  # `plain_content` refuses images
+        return messages
+    return [{**message, "content": [await with_bytes(part, f"messages[{i}].content[{j}].image_url")
+                                    for j, part in enumerate(message["content"])]}
+            if message.get("role") == "user" and isinstance(message.get("content"), list) else message
+            for i, message in enumerate(messages)]
+
+
+async def read_url(address: str, where: str, allowed: tuple[str, ...], deadline: float, max_bytes: int) -> bytes:
+    """Return what a data:, http: or https: address stands for. Raises APIError 400."""
+    if address[:5].lower() == "data:":
+        head, comma, data = address.partition(",")
+        try:
+            if not comma or not head.lower().endswith(";base64"):
+                raise ValueError
+            return await trio.to_thread.run_sync(functools.partial(base64.b64decode, data, validate=True))
+        except ValueError:
+            raise media_error("A data: address must hold base64.", where) from None
+    try:
+        with trio.fail_at(deadline):
+            return await fetched(urllib.parse.urlsplit(address), where, allowed, max_bytes)
+    except trio.TooSlowError:
+        raise media_error(f"The images could not be fetched within {FETCH_SECONDS:.0f} s.", where) from None
+    except (OSError, ValueError, trio.BrokenResourceError, h11.ProtocolError) as error:
+        log.debug("%s", where, exc_info=error)
+        raise media_error("It could not be fetched.", where) from None
+
+
+async def fetched(url: urllib.parse.SplitResult, where: str, allowed: tuple[str, ...], max_bytes: int) -> bytes:
+    """Return the body that a server answers with. Raises APIError 400, and what sockets and servers raise."""
+    host, secure = url.hostname, url.scheme == "https"
+    if url.scheme not in ("http", "https") or not host or "@" in url.netloc:
+        raise media_error("Only data:, http: and https: addresses are taken.", where)
+    target = urllib.parse.quote((url.path or "/") + ("?" + url.query if url.query else ""), safe="%/:=&~+!$,;'@()*?")
+    connection = h11.Connection(h11.CLIENT)  # which also refuses a host with anything odd in it
+    request = connection.send(h11.Request(method="GET", target=target, headers=[
+        ("Host", url.netloc), ("User-Agent", "serve.py"), ("Accept", "image/*"), ("Connection", "close")]))
+    async with await connected(host, url.port or (443 if secure else 80), where, allowed) as plain:
+        stream = trio.SSLStream(plain, tls(), server_hostname=host, https_compatible=True) if secure else plain
+        await stream.send_all(request)
+        body = bytearray()
+        while not isinstance(event := connection.next_event(), h11.EndOfMessage | h11.ConnectionClosed):
+            if event is h11.NEED_DATA:
+                connection.receive_data(await stream.receive_some(1 << 16))
+            elif isinstance(event, h11.Response) and event.status_code != 200:
+                raise media_error(f"Its server answers {event.status_code}; redirects are not followed.", where)
+            elif isinstance(event, h11.Data):
+                body += event.data
+                if len(body) > max_bytes:
+                    raise media_error(f"The images have more than {MAX_FETCHED_BYTES} bytes.", where)
+        return bytes(body)
+
+
+async def connected(host: str, port: int, where: str, allowed: tuple[str, ...]) -> trio.SocketStream:
+    """Return a connection to an address that was checked: no name is looked up a second time. Raises APIError 400."""
+    found = await trio.socket.getaddrinfo(host, port, type=trio.socket.SOCK_STREAM)
+    places = [(family, place) for family, _, _, _, place in found if host in allowed or is_public(place[0])]
+    if not places:
+        raise media_error(f"{host} is not a public address: see --allowed-media-domain.", where)
+    for family, place in places:
+        connection = trio.socket.socket(family, trio.socket.SOCK_STREAM)
+        try:
+            await connection.connect(place)
+            return trio.SocketStream(connection)
+        except OSError as error:
+            connection.close()
+            refused = error
+    raise refused
+
+
+def is_public(text: str) -> bool:
+    """Return whether an address is one of the public internet's, and so is an IPv4 address that it stands for."""
+    address: Any = ipaddress.ip_address(text.partition("%")[0])
+    if any(address in network for network in EMBEDDING):
+        return is_public(str(ipaddress.IPv4Address(address.packed[-4:])))
+    return address.is_global and not address.is_multicast and not any(address in network for network in TUNNELS)
+
+
+def decoded_images(messages: list[dict[str, Any]]) -> tuple[list[PIL.Image.Image], list[bytes]]:
+    """Return the images of plain messages, and the hash of each one's bytes. Raises APIError 400."""
+    parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]
+             if part["type"] == "image"]
+    images, left = [], MAX_ALL_PIXELS
+    for part in parts:
+        images.append(decoded_image(part["data"], part["where"], min(left, MAX_PIXELS)))
+        left -= images[-1].width * images[-1].height
+    return images, [hashlib.blake2b(part["data"], digest_size=16).digest() for part in parts]
+
+
+def decoded_image(data: bytes, where: str, max_pixels: int) -> PIL.Image.Image:
+    """Return a picture, upright and in RGB; of an animated one the first frame. Raises APIError 400."""
+    try:
+        with PIL.Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+            if image.width * image.height <= max_pixels:  # known before anything is decoded
+                return PIL.ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # decoders raise anything
+        log.debug("%s", where, exc_info=error)
+        raise media_error(f"It is no image that can be read: {', '.join(IMAGE_FORMATS)} are.", where) from None
+    raise media_error(f"It has more than {max_pixels} pixels, or all images together have too many.", where)
+
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def plain_messages(messages: list[dict[str, Any]], template: str) -> list[dict[str, Any]]:
-    """Return messages as templates expect them: content a string, roles that the template knows. Raises APIError 400."""
+    """Return messages as templates expect them: content a string, roles that the template knows. Raises APIError 400.
+
+    Content with images is a list of parts.
+    """
     if not messages:
         raise APIError(400, "messages must not be empty.", "invalid_messages", "messages")
     plain = []
@@ -2780,8 +3124,8 @@ def plain_messages(messages: list[dict[str, Any]], template: str) -> list[dict[s
     return plain if "tool_calls" in template else calls_as_text(plain)
 
 
-def plain_content(message: dict[str, Any], where: str) -> str:
-    """Return a message's content as one string. Raises APIError 400 for parts that are not text."""
+def plain_content(message: dict[str, Any], where: str) -> str | list[dict[str, Any]]:
+    """Return a message's content as one string, or as parts if images that were fetched are among them. Raises APIError 400."""
     content = message.get("content")
     if content is None and (message["role"] == "assistant" or message["role"] == "tool"):
         return ""
@@ -2789,17 +3133,20 @@ def plain_content(message: dict[str, Any], where: str) -> str:
         return content
     if not isinstance(content, list):
         raise APIError(400, "content must be a string or a list of parts.", "invalid_messages", where)
-    texts = []
+    parts = []
     for j, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "image" and isinstance(part.get("data"), bytes):
+            parts.append(part)
+            continue
         if kind not in ("text", "input_text", "output_text", "refusal"):
             raise APIError(400, f"content parts of type {kind!r} are not supported by this model.", "unsupported_content",
                            f"{where}[{j}].type")
         text = part.get("refusal" if kind == "refusal" else "text")
         if not isinstance(text, str):
             raise APIError(400, "the text of a part must be a string.", "invalid_messages", f"{where}[{j}].text")
-        texts.append(text)
-    return "".join(texts)
+        parts.append({"type": "text", "text": text})
+    return parts if any(part["type"] == "image" for part in parts) else "".join(part["text"] for part in parts)
 
 
 MAX_PAST_CALLS = 10_000  # in a message
@@ -2837,6 +3184,9 @@ def calls_as_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Write past calls and their results into the text, for a template that would drop them."""
     plain: list[dict[str, Any]] = []
     for message in messages:
+        if isinstance(message["content"], list):
+            plain.append(message)
+            continue
         texts = [message["content"]] if message["content"] else []
         texts += [f"<tool_call>\n{json.dumps(call['function'], ensure_ascii=False)}\n</tool_call>"
                   for call in message.get("tool_calls", ())]
@@ -2883,7 +3233,9 @@ def render_chat(model: Model, messages: list[dict[str, Any]], continue_final: bo
         messages = describe_tools(messages, tools)
     if continue_final and messages[-1]["role"] != "assistant":
         raise APIError(400, "continue_final_message needs an assistant message at the end.", "invalid_messages", "messages")
-    render = functools.partial(model.tokenizer.apply_chat_template, messages, tokenize=False, **kwargs)
+    images, digests = decoded_images(messages)
+    conversation = [{**m, "content": as_parts(m["content"])} for m in messages] if model.sample else messages
+    render = functools.partial(model.tokenizer.apply_chat_template, conversation, tokenize=False, **kwargs)
     try:
         text = render(add_generation_prompt=not continue_final, continue_final_message=continue_final)
         opening = messages[-1]["content"] if continue_final else text.removeprefix(render())
@@ -2891,7 +3243,21 @@ def render_chat(model: Model, messages: list[dict[str, Any]], continue_final: bo
         log.debug("template", exc_info=True)
         raise APIError(400, f"The model's chat template refuses these messages: {error}", "template_error",
                        "messages") from error
-    return Prompt(tokenize(model, text, add_special_tokens=False), opening=opening if len(opening) < len(text) else "")
+    opening = opening if len(opening) < len(text) else ""
+    if not images:
+        return Prompt(tokenize(model, text, model.adds_special_tokens(text)), opening=opening)
+    try:
+        return media_prompt(model, text, opening, images, digests)
+    except Exception as error:  # a processor is a program too: it counts placeholders, which a client may have written
+        log.debug("processor", exc_info=True)
+        raise media_error(f"The model's processor refuses these messages: {error}", "messages") from error
+
+
+def as_parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return content as the parts that templates of models with media take."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return [{"type": "image"} if part["type"] == "image" else part for part in content]
 
 
 def tokenize(model: Model, text: str, add_special_tokens: bool) -> list[int]:
@@ -4005,7 +4371,8 @@ async def chat_completions() -> Response:
         render = functools.partial(render_chat, engine.model, messages, bool(body.continue_final_message), kwargs, use.offered)
         return await converse(engine, render, sampling, use, answer, body.n or 1)
 
-    streams, found = await take_turns(ask, body.messages, sampling, use, tools)
+    messages = await fetch_media(body.messages, engine.model, app.settings.allowed_media_domain)
+    streams, found = await take_turns(ask, messages, sampling, use, tools)
     chunks = chat_chunks(streams, without_calls(found, tools) if tools else found, body.include_usage)
     return event_stream(chunks) if body.stream else json_response(await fold_chat(chunks))
 
@@ -4686,7 +5053,9 @@ async def create_response() -> Response:
     live = LiveResponse(new_response(body, engine.model, sampling))
     past = await app.responses.conversation(body.previous_response_id, "previous_response_id")
     live.items = await read_input(body.input, live.response["id"])
-    messages = read_items(past, live.items, body.instructions)
+    with own_params():
+        messages = await fetch_media(read_items(past, live.items, body.instructions), engine.model,
+                                     app.settings.allowed_media_domain)
     asked = [converted(tool, McpTools, f"tools[{i}]") for i, tool in enumerate(body.tools or ()) if tool.get("type") == "mcp"]
     tools, lists = await mcp_tools(asked, [tool.get("name") for tool in body.tools or ()])
     known = [item.get("server_label") for item in past + live.items if item["type"] == "mcp_list_tools"]

@@ -22,6 +22,7 @@ VALUES = {
     "attn_implementation": ("eager_paged", "eager_paged"), "block_size": ("16", 16), "kv_cache_memory": ("2GiB", 2.0 * 2**30),
     "max_batch_tokens": ("99", 99), "max_running": ("3", 3), "max_queue": ("4", 4), "threads": ("2", 2),
     "default_seed": ("-5", -5), "host": ("0.0.0.0", "0.0.0.0"), "port": ("0", 0),
+    "allowed_media_domain": ("Pictures.example", ("pictures.example",)),
     "cors_origin": ("https://a_b.example", ("https://a_b.example",)),
     "grace_period": ("0.5", 0.5), "log_level": ("debug", "debug"), "log_format": ("json", "json"),
     "api_key": ("k-1", ("k-1",)), "allowed_host": ("Proxy.Example", ("proxy.example",)), "max_body_size": ("1MiB", 1024.0**2),
