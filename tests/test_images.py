@@ -160,7 +160,7 @@ def test_a_failing_tower_fails_its_request_alone(seeing: LocalServer, monkeypatc
         assert ask(seeing, CONVERSATIONS[1]) == text
         for response in failed:
             error = response.result().json()["error"]
-            assert (response.result().status_code, error["code"]) == (500, "model_failed") and "room" not in str(error)
+            assert (response.result().status_code, error["code"]) == (400, "out_of_memory") and "room" not in str(error)
     monkeypatch.setattr(runner, "embed", embed)
     assert ask(seeing, CONVERSATIONS[3]) == good, "what the failed sequence left behind was taken for its image"
     seeing.assert_idle()
