@@ -476,8 +476,9 @@ class Sequence:
     """One answer in the making: known tokens, how many of them are computed, and the blocks that hold those.
 
     `token_ids` is the prompt and everything generated; the KV cache holds the first `num_computed_tokens` of it, those of
-    `num_shared_tokens` in blocks of others. `scores` has the prompt's tokens, block by block, once they are scored; the lists
-    are shared with the prefix cache.
+    `num_shared_tokens` in blocks of others. While a step follows another whose tokens nobody has read yet, there is one token
+    more than that: it is pending, and stands at `row` of what that step chooses. `scores` has the prompt's tokens, block by
+    block, once they are scored; the lists are shared with the prefix cache.
     """
 
     token_ids: list[int]
@@ -487,6 +488,9 @@ class Sequence:
     salt: bytes
     stream: TokenStream
     index: int
+    max_tokens: int = sys.maxsize  # prompt and answer together
+    num_pending_tokens: int = 0
+    row: int = 0
     num_computed_tokens: int = 0
     num_shared_tokens: int = 0
     num_cached_tokens: int | None = None  # of the prompt, found in the prefix cache at the first admission
@@ -499,6 +503,10 @@ class Sequence:
     cache: Any = None  # the fallback runner's own Hugging Face cache
     adapter: str | None = None  # with which it is computed
     matcher: llguidance.LLMatcher | None = None  # where in its grammar the answer is: it has seen the generated tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) + self.num_pending_tokens
 
     @property
     def num_generated_tokens(self) -> int:
@@ -515,7 +523,7 @@ class Sequence:
     @property
     def scoring(self) -> bool:
         """Whether the prompt's tokens get log-probabilities as they are computed: that ends with the first answer."""
-        return self.sampling.score_prompt and not self.num_generated_tokens
+        return self.sampling.score_prompt and self.num_tokens == self.num_prompt_tokens
 
     def scored(self, count: int) -> range:
         """Return the positions of the prompt that get a score with the next `count` tokens: those after each of them."""
@@ -540,7 +548,7 @@ MAX_SCORED = 1024  # tokens of scored prompts in a step: each has a row of logit
 
 def sampled(batch: Batch) -> list[Sequence]:
     """Return the sequences of the batch whose next token this step chooses: those it computes to their end."""
-    return [seq for seq, count in batch.items() if seq.num_computed_tokens + count == len(seq.token_ids)]
+    return [seq for seq, count in batch.items() if seq.num_computed_tokens + count == seq.num_tokens]
 
 
 class Scheduler:
@@ -571,7 +579,7 @@ class Scheduler:
             if batch:
                 self.turns[adapter] = self.turns.pop(adapter)
                 break
-        assert batch or self.idle
+        assert batch or self.idle or any(seq.num_pending_tokens for seq in (*self.running, *self.waiting))
         return batch
 
     def schedule_adapter(self, adapter: str | None, batch: Batch) -> None:
@@ -579,7 +587,8 @@ class Scheduler:
         for seq in list(self.running):  # a prompt in chunks is the youngest of them, but for a scored one: that leaves room
             if seq.adapter == adapter and seq.block_table:  # not preempted by a sequence before it
                 self.grow(seq, batch)
-        self.publish(batch)
+        for seq, count in batch.items():
+            self.publish(seq, seq.num_computed_tokens, seq.num_computed_tokens + count)
         while self.waiting and self.room(self.waiting[0]) and len(self.running) < self.max_running:
             if self.waiting[0].adapter != adapter or not self.admit(self.waiting[0], batch):
                 break
@@ -590,8 +599,8 @@ class Scheduler:
 
     def grow(self, seq: Sequence, batch: Batch) -> None:
         """Schedule a running sequence's next tokens, taking blocks from the youngest if there are no others."""
-        count = min(len(seq.token_ids) - seq.num_computed_tokens, self.room(seq))
-        if count == 0:
+        count = min(seq.num_tokens - seq.num_computed_tokens, self.room(seq))
+        if count == 0 or seq.num_pending_tokens and seq.num_tokens >= seq.max_tokens:  # its last token is on its way
             return
         while (blocks := self.pool.allocate(self.missing(seq, seq.num_computed_tokens + count))) is None:
             self.preempt(victim := self.running[-1])
@@ -602,7 +611,9 @@ class Scheduler:
         self.add(seq, count, batch)
 
     def admit(self, seq: Sequence, batch: Batch) -> bool:
-        """Move the first waiting sequence to the running ones, if all of its known tokens can have blocks."""
+        """Move the first waiting sequence to the running ones, if all of its tokens are known and can have blocks."""
+        if seq.num_pending_tokens:  # it was preempted a moment ago
+            return False
         hashes = self.shareable(seq) if self.paged else []
         if self.pool.blocks_for(len(seq.token_ids)) > len(self.pool.free) + len(hashes):
             return False  # even if every hash is found
@@ -620,7 +631,7 @@ class Scheduler:
         self.waiting.popleft()
         self.running.append(seq)
         self.add(seq, min(len(seq.token_ids) - seq.num_computed_tokens, self.room(seq)), batch)
-        self.publish({seq: batch[seq]})
+        self.publish(seq, seq.num_computed_tokens, seq.num_computed_tokens + batch[seq])
         return True
 
     def shareable(self, seq: Sequence) -> list[bytes]:
@@ -648,17 +659,25 @@ class Scheduler:
     def missing(self, seq: Sequence, num_tokens: int) -> int:
         return max(0, self.pool.blocks_for(num_tokens) - len(seq.block_table))
 
-    def publish(self, batch: Batch) -> None:
-        """Let others share the blocks this step fills, in this very step: each layer writes before any row attends."""
-        if self.paged:
-            for seq, count in batch.items():
-                first = seq.num_computed_tokens // self.pool.block_size
-                last = (seq.num_computed_tokens + count) // self.pool.block_size
-                for i in range(first, last):
-                    digest = seq.hash_blocks(self.pool.block_size, last)[i]
-                    self.pool.publish(seq.block_table[i], digest)
-                    if seq.scoring:  # then nothing is known but the prompt
-                        self.pool.keep_scores(digest, seq.sampling.logprobs, seq.scores[i])
+    def publish(self, seq: Sequence, start: int, end: int) -> None:
+        """Let others share the blocks that known tokens fill up to `end`, from the one of the token at `start` on.
+
+        They may be filled in this very step: each layer writes before any row attends.
+        """
+        last = min(end, len(seq.token_ids)) // self.pool.block_size
+        for i in range(start // self.pool.block_size, last) if self.paged else ():
+            digest = seq.hash_blocks(self.pool.block_size, last)[i]
+            self.pool.publish(seq.block_table[i], digest)
+            if seq.scoring:  # then nothing is known but the prompt
+                self.pool.keep_scores(digest, seq.sampling.logprobs, seq.scores[i])
+
+    def advance(self, batch: Batch) -> None:
+        """Take a step's tokens for computed, and those it chooses for pending, whether it is on its way or done."""
+        for seq in sampled(batch):
+            seq.num_pending_tokens += 1
+        for seq, count in batch.items():
+            seq.num_computed_tokens += count
+            self.publish(seq, seq.num_computed_tokens - count, seq.num_computed_tokens)  # what was pending when it was scheduled
 
     def preempt(self, seq: Sequence) -> None:
         """Take a running sequence's blocks; it waits first in line and will be computed again."""
@@ -990,29 +1009,33 @@ _step = threading.local()  # transformers calls `attend` with no room for an arg
 class Ragged:
     """A batch as tensors; rows of all sequences follow each other."""
 
-    input_ids: Tensor  # [1, tokens] int64
+    input_ids: Tensor  # [1, tokens] int64; ~row for a pending token, which the step before chooses in that row
     positions: Tensor  # [1, tokens] int64
     slot_mapping: Tensor  # [tokens] int64: where in the cache each token's key and value go
     block_tables: Tensor  # [sequences, blocks] int32, padded with 0
     cu_seqlens_q: Tensor  # [sequences + 1] int32: where each sequence's rows start
     seq_lens: Tensor  # [sequences] int32: tokens in the cache once this step's are written
     logits_rows: Tensor  # [samples] int64: the last row of each sequence that gets a token, then those before scored tokens
+    adapter: str | None  # with which it is computed
 
     def to(self, device: torch.device) -> Ragged:
-        """Return the batch on a device: itself, but where a model is spread over several."""
+        """Return the batch on a device."""
         if self.input_ids.device == device:
             return self
-        return Ragged(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+        values = (getattr(self, f.name) for f in fields(self))
+        return Ragged(*(value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for value in values))
 
 
 def ragged(batch: Batch, block_size: int, device: torch.device) -> Ragged:
-    """Lay a batch out as tensors."""
+    """Lay a batch out as tensors on the host, from where a GPU can fetch them while it computes."""
     ids, positions, slots, rows, scoring = (array("q") for _ in range(5))
     tables, starts, lens = array("i"), array("i", [0]), array("i")
     width = max(len(seq.block_table) for seq in batch)
     for seq, count in batch.items():
         start, end, table = seq.num_computed_tokens, seq.num_computed_tokens + count, seq.block_table
         ids.extend(seq.token_ids[start:end])
+        if end > len(seq.token_ids):
+            ids.append(~seq.row)
         positions.extend(range(start, end))
         slots.extend([table[p // block_size] * block_size + p % block_size for p in range(start, end)])
         if start < seq.num_shared_tokens:  # written already, by another: block 0 is for what nobody reads
@@ -1021,14 +1044,15 @@ def ragged(batch: Batch, block_size: int, device: torch.device) -> Ragged:
         tables.extend(table + [0] * (width - len(table)))
         starts.append(len(ids))
         lens.append(end)
-        if end == len(seq.token_ids):
+        if end == seq.num_tokens:
             rows.append(len(ids) - 1)
 
     def tensor(values: array) -> Tensor:
-        return torch.frombuffer(values, dtype=torch.int64 if values.typecode == "q" else torch.int32).to(device)
+        out = torch.frombuffer(values, dtype=torch.int64 if values.typecode == "q" else torch.int32)
+        return out.pin_memory() if device.type == "cuda" else out
 
     return Ragged(tensor(ids)[None], tensor(positions)[None], tensor(slots), tensor(tables).view(len(batch), width),
-                  tensor(starts), tensor(lens), tensor(rows + scoring or array("q", [0])))
+                  tensor(starts), tensor(lens), tensor(rows + scoring or array("q", [0])), next(iter(batch)).adapter)
 
 
 def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
@@ -1039,6 +1063,7 @@ def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, a
     query [1, heads, tokens, head_dim]; key, value [1, kv_heads, tokens, head_dim]; returns [1, tokens, heads, head_dim].
     """
     runner: PagedRunner = _step.runner
+    runner.in_layers()
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
     k_cache, v_cache = runner.layer_cache(module.layer_idx, k, v)
     runner.calls += 1
@@ -1062,6 +1087,8 @@ class PagedRunner:
         self.caches: dict[int, tuple[Tensor, Tensor]] = {}
         self.batch: Ragged | None = None
         self.calls, self.options = 0, {}  # how often `attend` was called, and with which arguments by layer
+        self.meanwhile: Callable[[], None] | None = None
+        self.last = torch.zeros(1, dtype=torch.int64, device=model.device)  # the tokens that the last step chose, by row
         self.keeps_logits = "logits_to_keep" in inspect.signature(model.network.forward).parameters
 
     def layer_cache(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -1088,17 +1115,40 @@ class PagedRunner:
         for layer, (k, v) in shapes.items():
             self.layer_cache(layer, k, v)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Return the logits [samples, vocab] of the sequences that this batch computes to their end, then of scored tokens."""
-        self.model.activate(next(iter(batch)).adapter)
-        self.batch = ragged(batch, self.block_size, self.model.device)
-        _step.runner = self
-        keep = {"logits_to_keep": self.batch.logits_rows} if self.keeps_logits else {}
+    def lay_out(self, batch: Batch) -> Ragged:
+        """Return a batch as `forward` takes it; this may be done while another one is computed."""
+        return ragged(batch, self.block_size, self.model.device)
+
+    def forward(self, batch: Ragged, meanwhile: Callable[[], None] | None = None) -> Tensor:
+        """Return the logits [samples, vocab] of the sequences that this batch computes to their end, then of scored tokens.
+
+        `meanwhile` is called once, as soon as this thread needs the interpreter no more: the layers compute.
+        """
+        self.meanwhile, _step.runner = meanwhile, self
         try:
-            out = self.model.network(input_ids=self.batch.input_ids, position_ids=self.batch.positions, use_cache=False, **keep)
+            self.model.activate(batch.adapter)
+            return self.compute(batch.to(self.model.device))
         finally:
+            self.let_go()
             _step.runner = None  # a dropped model's memory must not hang on here
-        return out.logits[0] if self.keeps_logits else out.logits[0, self.batch.logits_rows]
+
+    def compute(self, batch: Ragged) -> Tensor:
+        """Run a batch through the network."""
+        self.batch = batch
+        keep = {"logits_to_keep": batch.logits_rows} if self.keeps_logits else {}
+        ids = torch.where(batch.input_ids < 0, self.last[(~batch.input_ids).clamp(min=0)], batch.input_ids)
+        out = self.model.network(input_ids=ids, position_ids=batch.positions, use_cache=False, **keep)
+        return out.logits[0] if self.keeps_logits else out.logits[0, batch.logits_rows]
+
+    def in_layers(self) -> None:
+        """Note that the layers have begun: a CPU computes them from here on, a GPU still has to be told to."""
+        if self.model.device.type == "cpu":
+            self.let_go()
+
+    def let_go(self) -> None:
+        meanwhile, self.meanwhile = self.meanwhile, None
+        if meanwhile:
+            meanwhile()
 
 
 class SequentialRunner:
@@ -1110,11 +1160,15 @@ class SequentialRunner:
         self.model = model
         self.token_bytes = 0  # by which a sequence's cache grows with each token; found by the self-test
 
-    def forward(self, batch: Batch) -> Tensor:
+    def lay_out(self, batch: Batch) -> Batch:
+        return batch
+
+    def forward(self, batch: Batch, meanwhile: Callable[[], None]) -> Tensor:
         """Return the logits [samples, vocab] as the other runner does; every sequence of a batch is computed to its end.
 
         The code that runs here is the model's own, and may fail on one prompt: then that sequence has an error.
         """
+        meanwhile()
         self.model.activate(next(iter(batch)).adapter)
         rows = []
         for seq, count in batch.items():
@@ -1279,7 +1333,7 @@ def scratch_sequences(runner: PagedRunner, *lengths: int) -> list[Sequence]:
 
 def advance(runner: PagedRunner, batch: Batch) -> Tensor:
     """Run a batch outside of the engine; return its logits [samples, vocab]."""
-    logits = runner.forward(batch)
+    logits = runner.forward(runner.lay_out(batch))
     for seq, count in batch.items():
         seq.num_computed_tokens += count
     return logits
@@ -1301,6 +1355,7 @@ class PatchedLayers(torch.nn.Module):
     def forward(self, hidden_states: Tensor, *_: Any, position_embeddings: tuple[Tensor, Tensor], **__: Any) -> Any:
         """hidden_states [1, tokens, hidden]; position_embeddings: cos and sin [1, tokens, rotary_dim]."""
         runner, (cos, sin) = _step.runner, position_embeddings
+        runner.in_layers()
         if self.caches is not runner.caches:
             self.caches = runner.caches
             for fused, layer in zip(self.fused.layers, self.layers):
@@ -1349,7 +1404,7 @@ def fuse_layers(runner: PagedRunner) -> None:
 
     hooks = [module.register_forward_hook(try_layer, with_kwargs=True) for module in runner.model.network.modules()
              if getattr(getattr(module, "self_attn", None), "layer_idx", None) in runner.caches]
-    runner.forward({prompt: 40, **decodes})
+    runner.forward(runner.lay_out({prompt: 40, **decodes}))
     for hook in hooks:
         hook.remove()
     for parent in list(runner.model.network.modules()):
@@ -1363,7 +1418,7 @@ def disagreement(runner: PagedRunner, layer: torch.nn.Module, patch: PatchedLaye
                  kwargs: dict[str, Any]) -> str | None:
     """Return how a patch differs from its layer, on the batch it was just called with and on its decodes alone, or None."""
     whole, tokens = runner.batch, runner.batch.slot_mapping.numel()
-    alone = ragged(decodes, runner.block_size, runner.model.device)
+    alone = runner.lay_out(decodes).to(runner.model.device)
 
     def last_rows(value: Any) -> Any:  # of whatever has one row per token
         if isinstance(value, tuple):
@@ -1450,15 +1505,40 @@ def make_runner(model: Model, kernel: Callable[..., Tensor], config: Config) -> 
 COLDEST = 1e-5  # a lower temperature is greedy: scores divided by it would overflow
 
 
-def sample(logits: Tensor, sequences: list[Sequence]) -> list[Token]:
-    """Choose one token per row of raw logits [rows, vocab]; with log-probabilities of the raw logits where wanted."""
-    if not sequences:
-        return []
+def needs_tokens(seq: Sequence) -> bool:
+    """Return whether a sequence's next tokens, or what it is told of them, depend on more than logits and its seed."""
+    params = seq.sampling
+    return bool(seq.matcher or params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
+                or params.logprobs is not None or seq.num_tokens - seq.num_prompt_tokens < params.min_tokens)
+
+
+def draw_points(sequences: list[Sequence]) -> list[float]:
+    """Return the number in [0, 1) by which each sequence draws its next token."""
+    return [uniform(seq.seed, seq.num_tokens - seq.num_prompt_tokens) if seq.sampling.temperature >= COLDEST else 0.0
+            for seq in sequences]
+
+
+def sample(logits: Tensor, sequences: list[Sequence], points: list[float]) -> Tensor:
+    """Choose one token per row of raw logits [rows, vocab]; return their ids [rows]."""
     scores = adjust(logits, sequences)
     chosen = argmax(scores)
     if hot := [i for i, seq in enumerate(sequences) if seq.sampling.temperature >= COLDEST]:
-        chosen[hot] = draw(scores[hot].float(), [sequences[i] for i in hot])  # draw works in place, on a copy
-    ids = chosen.tolist()
+        params, at = [sequences[i].sampling for i in hot], [points[i] for i in hot]
+        chosen[hot] = draw(scores[hot].float(), params, at)  # draw works in place, on a copy
+    return chosen
+
+
+def on_its_way(chosen: Tensor) -> Callable[[], list[int]]:
+    """Start copying tokens to the host; return what waits for them and returns them."""
+    if chosen.device.type != "cuda":
+        return chosen.tolist
+    host, arrived = chosen.to("cpu", non_blocking=True), torch.cuda.Event()
+    arrived.record()
+    return lambda: (arrived.synchronize(), host.tolist())[1]
+
+
+def tokens_of(ids: list[int], logits: Tensor, sequences: list[Sequence]) -> list[Token]:
+    """Return the chosen tokens, with log-probabilities under raw logits [rows, vocab] where wanted."""
     tokens = [Token(id) for id in ids]
     if wanted := [i for i, seq in enumerate(sequences) if seq.sampling.logprobs is not None]:
         for i, token in zip(wanted, with_logprobs(logits[wanted], [ids[i] for i in wanted], [sequences[i] for i in wanted])):
@@ -1523,22 +1603,20 @@ def argmax(scores: Tensor) -> Tensor:
     return tile * width + tiles[torch.arange(len(tile), device=tile.device), tile].max(-1).indices
 
 
-def draw(scores: Tensor, sequences: list[Sequence]) -> Tensor:
+def draw(scores: Tensor, params: list[SamplingParams], points: list[float]) -> Tensor:
     """Draw one token per row [rows] from scores [rows, vocab] under temperature, top-k, top-p and min-p, in that order.
 
     Only scores are cut off, never positions, so that equal scores are kept or dropped together, and the draw goes through
     the vocabulary in its own order: a row's choice is a function of its scores, its seed and its position.
     """
     column = functools.partial(torch.tensor, device=scores.device)
-    params = [seq.sampling for seq in sequences]
     scores /= column([p.temperature for p in params])[:, None]
     if any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params):
         scores.masked_fill_(scores < cutoffs(scores, params)[:, None], -math.inf)
     best = scores.max(-1)
     cumulative = scores.sub_(best.values[:, None]).exp_().cumsum(-1, dtype=torch.float64)
-    points = column([uniform(seq.seed, seq.num_generated_tokens) for seq in sequences], dtype=torch.float64)
-    points = points[:, None] * cumulative[:, -1:]
-    chosen = torch.searchsorted(cumulative, points, right=True)[:, 0]
+    targets = column(points, dtype=torch.float64)[:, None] * cumulative[:, -1:]
+    chosen = torch.searchsorted(cumulative, targets, right=True)[:, 0]
     return torch.where(chosen < scores.shape[-1], chosen, best.indices)  # where rounding pushed a point past the end
 
 
@@ -1829,25 +1907,36 @@ class EngineThread:
 
     def __init__(self, num_threads: int | None) -> None:
         self.jobs: queue.SimpleQueue = queue.SimpleQueue()
-        self.token = trio.lowlevel.current_trio_token()
         threading.Thread(target=self.work, args=(num_threads,), name="engine", daemon=True).start()
 
     def work(self, num_threads: int | None) -> None:
         torch.set_num_threads(num_threads or torch.get_num_threads())
         with torch.inference_mode():
             while True:
-                function, task = self.jobs.get()
-                result = outcome.capture(function)
+                function = self.jobs.get()
                 try:
-                    self.token.run_sync_soon(trio.lowlevel.reschedule, task, result)
-                except trio.RunFinishedError:
+                    function()
+                except trio.RunFinishedError:  # nobody is there to be told
                     return
-                del function, task, result  # a dropped model's memory must not hang on here until the next job
+                del function  # a dropped model's memory must not hang on here until the next job
 
-    async def __call__(self, function: Callable[[], Any]) -> Any:
-        """Run a function on the thread and return what it returns; a forward pass cannot be cancelled."""
-        self.jobs.put((function, trio.lowlevel.current_task()))
-        return await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
+    def __call__(self, function: Callable[[], None]) -> None:
+        """Run a function on the thread, after those before it. It must see to its own errors."""
+        self.jobs.put(function)
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """A batch on its way through the engine's thread."""
+
+    batch: Batch
+    receivers: list[Sequence]  # who gets a token
+    points: list[float]  # by which they draw it
+    inputs: Any  # the batch as the runner takes it
+    overlaps: bool  # the next step can be scheduled, and begin, before anybody reads this one's tokens
+    computed: outcome.Outcome | None = None  # what waits for the results and returns them
+    results: outcome.Outcome | None = None  # each receiver's token, and the scored tokens of prompts
+    done: trio.Event = field(default_factory=trio.Event)  # the results are there
 
 
 class TokenStream:
@@ -1910,6 +1999,7 @@ class Engine:
         self.seeds = random.Random(config.default_seed)
         self.work = trio.Event()
         self.news: list[TokenStream] = []  # whose tasks are to be woken
+        self.ahead: Step | None = None  # on its way already, while the step before it was delivered
         self.stopped = False
         self.last_used = time.monotonic()
 
@@ -1927,8 +2017,11 @@ class Engine:
         for prompt, i in itertools.product(prompts, range(n)):
             self.check_length(prompt)
             seed = self.seeds.getrandbits(64) if sampling.seed is None else sampling.seed + i
-            stream.sequences.append(Sequence(list(prompt.token_ids), len(prompt.token_ids), sampling, seed, prompt.salt, stream,
-                                             len(stream.sequences), matcher=sampling.grammar and sampling.grammar.deep_copy()))
+            length = len(prompt.token_ids)
+            longest = self.max_len if sampling.max_tokens is None else min(self.max_len, length + sampling.max_tokens)
+            stream.sequences.append(Sequence(list(prompt.token_ids), length, sampling, seed, prompt.salt, stream,
+                                             len(stream.sequences), longest,
+                                             matcher=sampling.grammar and sampling.grammar.deep_copy()))
         if len(stream.sequences) > self.max_queue:
             raise APIError(400, f"One request can have at most {self.max_queue} answers here.", "invalid_value", "n")
         self.check_queue(stream)
@@ -1978,25 +2071,70 @@ class Engine:
             self.news.pop().changed.set()
 
     async def step(self) -> None:
-        """Move every running sequence on: drop who left, schedule, run, deliver."""
-        self.scheduler.drop_ended()
-        if batch := self.scheduler.schedule():
-            receivers = sampled(batch)
-            soon = trio.lowlevel.current_trio_token().run_sync_soon
-            tokens, scores = await self.thread(functools.partial(self.compute, batch, receivers, soon))
-            self.deliver_scores(scores)
-            self.deliver(batch, receivers, tokens)
+        """Move every running sequence on: drop who left, schedule, run, deliver.
 
-    def compute(self, batch: Batch, receivers: list[Sequence],
-                soon: Callable[..., None]) -> tuple[list[Token], dict[Sequence, list[Token]]]:
-        """Run the batch, and return the token that each receiver gets and the scored tokens of prompts.
-
-        What the last step brought is told now, so that the requests' tasks work while this one computes: before it, the
-        engine's thread would wait for the interpreter until all of them are done.
+        Where it can be, the next step is under way when this one's tokens are delivered.
         """
-        soon(self.tell)
-        logits = self.runner.forward(batch)
-        return sample(logits[:len(receivers)], receivers), score(logits[len(receivers):], batch)
+        if not (step := self.ahead or self.launch()):
+            return
+        self.ahead = self.launch(step) if step.overlaps else None
+        if not self.ahead:
+            self.thread(functools.partial(self.hand_over, step, trio.lowlevel.current_trio_token().run_sync_soon))
+        with trio.CancelScope(shield=True):  # a forward pass cannot be cancelled
+            await step.done.wait()
+        tokens, scores = step.results.unwrap()
+        if not step.overlaps:
+            self.deliver_scores(scores)
+            self.scheduler.advance(step.batch)
+        self.deliver(step.receivers, tokens)
+        if self.ahead:
+            self.tell()
+
+    def launch(self, before: Step | None = None) -> Step | None:
+        """Schedule a step and have the engine's thread run it; `before` is one that is on its way there."""
+        if before:
+            self.scheduler.advance(before.batch)
+        self.scheduler.drop_ended()
+        if not (batch := self.scheduler.schedule()):
+            return None
+        receivers = sampled(batch)
+        decodes = len(receivers) == len(batch) == sum(batch.values())
+        step = Step(batch, receivers, draw_points(receivers), self.runner.lay_out(batch),
+                    decodes and self.runner.paged and not any(map(needs_tokens, receivers)))
+        for row, seq in enumerate(receivers):
+            seq.row = row
+        self.thread(functools.partial(self.compute, step, before, trio.lowlevel.current_trio_token().run_sync_soon))
+        return step
+
+    def compute(self, step: Step, before: Step | None, soon: Callable[..., None]) -> None:
+        """Run a step, on the engine's thread, up to the choice of its tokens.
+
+        What the step before brought is told when this one's layers compute: until then, the engine's thread would wait for
+        the interpreter until all the requests' tasks are done.
+        """
+        step.computed = outcome.capture(self.run_step, step, functools.partial(self.hand_over, before, soon))
+        if before and before.results is None:  # this one failed before it came to its layers
+            self.hand_over(before, soon)
+
+    def run_step(self, step: Step, meanwhile: Callable[[], None]) -> Callable[[], tuple]:
+        """Return what waits for a step's results: the token that each receiver gets and the scored tokens of prompts."""
+        logits, count = self.runner.forward(step.inputs, meanwhile), len(step.receivers)
+        chosen = sample(logits[:count], step.receivers, step.points)
+        if count:
+            self.runner.last = chosen
+        ids = on_its_way(chosen)
+        return lambda: (tokens_of(ids(), logits[:count], step.receivers), score(logits[count:], step.batch))
+
+    def hand_over(self, step: Step | None, soon: Callable[..., None]) -> None:
+        """Give a step's results to the trio thread, and let that thread tell its news."""
+        if step:
+            step.results = outcome.capture(lambda: step.computed.unwrap()())
+        soon(self.take_over, step)
+
+    def take_over(self, step: Step | None) -> None:
+        self.tell()
+        if step:
+            step.done.set()
 
     def deliver_scores(self, scores: dict[Sequence, list[Token]]) -> None:
         """Add to each sequence's scores, even if it has left: others may share them."""
@@ -2004,11 +2142,10 @@ class Engine:
             for position, token in enumerate(tokens, seq.num_computed_tokens + 1):
                 seq.scores[position // self.scheduler.pool.block_size].append(token)
 
-    def deliver(self, batch: Batch, receivers: list[Sequence], tokens: list[Token]) -> None:
+    def deliver(self, receivers: list[Sequence], tokens: list[Token]) -> None:
         """Give each sequence its token, see whether that was its last, and wake the request's task."""
-        for seq, count in batch.items():
-            seq.num_computed_tokens += count
         for seq, token in zip(receivers, tokens, strict=True):
+            seq.num_pending_tokens -= 1
             if not seq.ended:
                 if seq.sampling.max_tokens != 0:  # nothing but scores are wanted
                     seq.token_ids.append(token.id)
@@ -2024,8 +2161,7 @@ class Engine:
             return "error"
         if token.id in seq.sampling.stop_token_ids and seq.num_generated_tokens or seq.matcher and seq.matcher.is_stopped():
             return "stop"
-        full = seq.num_generated_tokens == seq.sampling.max_tokens or len(seq.token_ids) >= self.max_len
-        return "length" if full else None
+        return "length" if len(seq.token_ids) >= seq.max_tokens else None
 
 
 class Detokenizer:

@@ -296,9 +296,9 @@ def test_sampling_agrees_with_draw(interpreter: Run) -> None:
     logits = 3 * torch.randn(len(rows), 1500)
     params = [serve.SamplingParams(temperature=t, top_k=k, top_p=p, min_p=m) for t, k, p, m in rows]
     sequences = [serve.Sequence([0] * (i + 1), 1, p, 17 * i, b"", None, 0) for i, p in enumerate(params)]
-    uniform = [serve.uniform(seq.seed, seq.num_generated_tokens) for seq in sequences]
+    uniform = serve.draw_points(sequences)
     got, _ = interpreter(sample, logits, *columns([(*row, u) for row, u in zip(rows, uniform)]))
-    assert got.tolist() == serve.draw(logits.clone(), sequences).tolist()
+    assert got.tolist() == serve.draw(logits.clone(), params, uniform).tolist()
 
 
 def test_sampling_is_independent_of_the_batch(interpreter: Run) -> None:
