@@ -1009,13 +1009,14 @@ _step = threading.local()  # transformers calls `attend` with no room for an arg
 class Ragged:
     """A batch as tensors; rows of all sequences follow each other."""
 
-    input_ids: Tensor  # [1, tokens] int64; ~row for a pending token, which the step before chooses in that row
+    input_ids: Tensor  # [1, tokens] int64
     positions: Tensor  # [1, tokens] int64
     slot_mapping: Tensor  # [tokens] int64: where in the cache each token's key and value go
     block_tables: Tensor  # [sequences, blocks] int32, padded with 0
     cu_seqlens_q: Tensor  # [sequences + 1] int32: where each sequence's rows start
     seq_lens: Tensor  # [sequences] int32: tokens in the cache once this step's are written
     logits_rows: Tensor  # [samples] int64: the last row of each sequence that gets a token, then those before scored tokens
+    sources: Tensor | None  # [tokens] int64, if any is pending: its place among input_ids and, after them, what was chosen last
     adapter: str | None  # with which it is computed
 
     def to(self, device: torch.device) -> Ragged:
@@ -1029,13 +1030,15 @@ class Ragged:
 def ragged(batch: Batch, block_size: int, device: torch.device) -> Ragged:
     """Lay a batch out as tensors on the host, from where a GPU can fetch them while it computes."""
     ids, positions, slots, rows, scoring = (array("q") for _ in range(5))
+    pending: dict[int, int] = {}
     tables, starts, lens = array("i"), array("i", [0]), array("i")
     width = max(len(seq.block_table) for seq in batch)
     for seq, count in batch.items():
         start, end, table = seq.num_computed_tokens, seq.num_computed_tokens + count, seq.block_table
         ids.extend(seq.token_ids[start:end])
         if end > len(seq.token_ids):
-            ids.append(~seq.row)
+            pending[len(ids)] = seq.row
+            ids.append(0)
         positions.extend(range(start, end))
         slots.extend([table[p // block_size] * block_size + p % block_size for p in range(start, end)])
         if start < seq.num_shared_tokens:  # written already, by another: block 0 is for what nobody reads
@@ -1047,12 +1050,15 @@ def ragged(batch: Batch, block_size: int, device: torch.device) -> Ragged:
         if end == seq.num_tokens:
             rows.append(len(ids) - 1)
 
+    sources = array("q", [len(ids) + pending[i] if i in pending else i for i in range(len(ids))])
+
     def tensor(values: array) -> Tensor:
         out = torch.frombuffer(values, dtype=torch.int64 if values.typecode == "q" else torch.int32)
         return out.pin_memory() if device.type == "cuda" else out
 
     return Ragged(tensor(ids)[None], tensor(positions)[None], tensor(slots), tensor(tables).view(len(batch), width),
-                  tensor(starts), tensor(lens), tensor(rows + scoring or array("q", [0])), next(iter(batch)).adapter)
+                  tensor(starts), tensor(lens), tensor(rows + scoring or array("q", [0])), tensor(sources) if pending else None,
+                  next(iter(batch)).adapter)
 
 
 def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
@@ -1082,7 +1088,7 @@ class PagedRunner:
     paged = True
 
     def __init__(self, model: Model, kernel: Callable[..., Tensor], block_size: int) -> None:
-        self.model, self.attention, self.block_size = model, kernel, block_size
+        self.model, self.attention, self.block_size, self.device = model, kernel, block_size, model.device
         self.num_blocks = 1 + 4 * -(-64 // block_size)  # enough for scratch_sequences
         self.caches: dict[int, tuple[Tensor, Tensor]] = {}
         self.batch: Ragged | None = None
@@ -1117,7 +1123,7 @@ class PagedRunner:
 
     def lay_out(self, batch: Batch) -> Ragged:
         """Return a batch as `forward` takes it; this may be done while another one is computed."""
-        return ragged(batch, self.block_size, self.model.device)
+        return ragged(batch, self.block_size, self.device)
 
     def forward(self, batch: Ragged, meanwhile: Callable[[], None] | None = None) -> Tensor:
         """Return the logits [samples, vocab] of the sequences that this batch computes to their end, then of scored tokens.
@@ -1127,7 +1133,7 @@ class PagedRunner:
         self.meanwhile, _step.runner = meanwhile, self
         try:
             self.model.activate(batch.adapter)
-            return self.compute(batch.to(self.model.device))
+            return self.compute(batch.to(self.device))
         finally:
             self.let_go()
             _step.runner = None  # a dropped model's memory must not hang on here
@@ -1136,13 +1142,15 @@ class PagedRunner:
         """Run a batch through the network."""
         self.batch = batch
         keep = {"logits_to_keep": batch.logits_rows} if self.keeps_logits else {}
-        ids = torch.where(batch.input_ids < 0, self.last[(~batch.input_ids).clamp(min=0)], batch.input_ids)
+        ids = batch.input_ids
+        if batch.sources is not None:
+            ids = torch.cat([ids[0], self.last]).index_select(0, batch.sources)[None]
         out = self.model.network(input_ids=ids, position_ids=batch.positions, use_cache=False, **keep)
         return out.logits[0] if self.keeps_logits else out.logits[0, batch.logits_rows]
 
     def in_layers(self) -> None:
         """Note that the layers have begun: a CPU computes them from here on, a GPU still has to be told to."""
-        if self.model.device.type == "cpu":
+        if self.device.type == "cpu":
             self.let_go()
 
     def let_go(self) -> None:
@@ -1452,6 +1460,9 @@ def patch_list(layers: torch.nn.ModuleList, replacements: dict[torch.nn.Module, 
         patches = [replacements[originals[i]] for i in (first, *others)]
         fused, indices = [patch.fused.layers[0] for patch in patches], [patch.layers[0] for patch in patches]
         layers[first] = PatchedLayers(fused, indices, passes)
+        if len(others) == len(originals) - 1:  # to pass one takes longer than some kernels
+            del layers[1:]
+            return
         for i in others:
             layers[i] = PassedLayer(passes)
 
