@@ -21,6 +21,7 @@ Each banner is the name of its test file.
 from __future__ import annotations
 
 import argparse
+import bisect
 import codecs
 import copy
 import ctypes
@@ -677,7 +678,7 @@ class Scheduler:
             seq.num_pending_tokens += 1
         for seq, count in batch.items():
             seq.num_computed_tokens += count
-            self.publish(seq, seq.num_computed_tokens - count, seq.num_computed_tokens)  # what was pending when it was scheduled
+            self.publish(seq, seq.num_computed_tokens - count, seq.num_computed_tokens)  # pending when scheduled
 
     def preempt(self, seq: Sequence) -> None:
         """Take a running sequence's blocks; it waits first in line and will be computed again."""
@@ -1017,6 +1018,9 @@ class Ragged:
     seq_lens: Tensor  # [sequences] int32: tokens in the cache once this step's are written
     logits_rows: Tensor  # [samples] int64: the last row of each sequence that gets a token, then those before scored tokens
     sources: Tensor | None  # [tokens] int64, if any is pending: its place among input_ids and, after them, what was chosen last
+    sampling: Tensor | None  # [sequences, 5] float64, for a graph: temperature, top-k, top-p, min-p and the number to draw by
+    decodes: int  # how many sequences, from the first on, have one row
+    max_seq_len: int  # of those
     adapter: str | None  # with which it is computed
 
     def to(self, device: torch.device) -> Ragged:
@@ -1026,13 +1030,23 @@ class Ragged:
         values = (getattr(self, f.name) for f in fields(self))
         return Ragged(*(value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for value in values))
 
+    def first(self, count: int) -> Ragged:
+        """Return the first sequences, without copying, of a batch of decodes laid out for a graph."""
+        tokens = {name: getattr(self, name)[..., :count] for name in ("input_ids", "positions")}
+        rows = {name: getattr(self, name)[:count] for name in ("slot_mapping", "block_tables", "seq_lens", "logits_rows",
+                                                               "sources", "sampling")}
+        return replace(self, **tokens, **rows, cu_seqlens_q=self.cu_seqlens_q[:count + 1], decodes=count)
 
-def ragged(batch: Batch, block_size: int, device: torch.device) -> Ragged:
-    """Lay a batch out as tensors on the host, from where a GPU can fetch them while it computes."""
-    ids, positions, slots, rows, scoring = (array("q") for _ in range(5))
+
+def ragged(batch: Batch, block_size: int, device: torch.device, rows: int = 0, points: Iterable[float] = ()) -> Ragged:
+    """Lay a batch out as tensors on the host, from where a GPU can fetch them while it computes.
+
+    For a graph, decodes are padded to so many `rows` by sequences of length 0, which write where nobody reads.
+    """
+    ids, positions, slots, samples, scoring = (array("q") for _ in range(5))
     pending: dict[int, int] = {}
     tables, starts, lens = array("i"), array("i", [0]), array("i")
-    width = max(len(seq.block_table) for seq in batch)
+    width = max((len(seq.block_table) for seq in batch), default=1)
     for seq, count in batch.items():
         start, end, table = seq.num_computed_tokens, seq.num_computed_tokens + count, seq.block_table
         ids.extend(seq.token_ids[start:end])
@@ -1048,17 +1062,54 @@ def ragged(batch: Batch, block_size: int, device: torch.device) -> Ragged:
         starts.append(len(ids))
         lens.append(end)
         if end == seq.num_tokens:
-            rows.append(len(ids) - 1)
-
+            samples.append(len(ids) - 1)
+    padding = range(len(ids), rows)
+    decodes = sum(1 for _ in itertools.takewhile(lambda count: count == 1, batch.values())) + len(padding)
+    samples.extend(padding)
+    starts.extend(token + 1 for token in padding)
+    for values, width_ in ((ids, 1), (positions, 1), (slots, 1), (lens, 1), (tables, width)):
+        values.extend([0] * (width_ * len(padding)))
     sources = array("q", [len(ids) + pending[i] if i in pending else i for i in range(len(ids))])
 
     def tensor(values: array) -> Tensor:
-        out = torch.frombuffer(values, dtype=torch.int64 if values.typecode == "q" else torch.int32)
+        out = torch.frombuffer(values, dtype={"q": torch.int64, "i": torch.int32, "d": torch.float64}[values.typecode])
         return out.pin_memory() if device.type == "cuda" else out
 
-    return Ragged(tensor(ids)[None], tensor(positions)[None], tensor(slots), tensor(tables).view(len(batch), width),
-                  tensor(starts), tensor(lens), tensor(rows + scoring or array("q", [0])), tensor(sources) if pending else None,
-                  next(iter(batch)).adapter)
+    sampling = tensor(columns(batch, points, rows)).view(-1, 5) if rows else None
+    return Ragged(tensor(ids)[None], tensor(positions)[None], tensor(slots), tensor(tables).view(len(lens), width),
+                  tensor(starts), tensor(lens), tensor(samples + scoring or array("q", [0])),
+                  tensor(sources) if pending or rows else None, sampling, decodes, max(lens[:decodes], default=0),
+                  next((seq.adapter for seq in batch), None))
+
+
+def columns(sequences: Iterable[Sequence], points: Iterable[float], rows: int) -> array:
+    """Return how each row's token is to be chosen, five numbers a row as a GPU reads them; rows beyond are greedy."""
+    values = array("d")
+    for seq, point in zip(sequences, points, strict=True):
+        params = seq.sampling
+        values.extend((params.temperature, min(params.top_k, 1 << 30), params.top_p, params.min_p, point))
+    return values + array("d", [0] * (5 * rows - len(values)))
+
+
+def choose_on_gpu(logits: Tensor, sampling: Tensor) -> Tensor:
+    """Choose a token per row of logits [rows, vocab] by columns [rows, 5], without waiting for the device."""
+    from serve_kernels import sampling_triton
+
+    temperature, top_k, top_p, min_p, point = sampling.unbind(1)
+    return sampling_triton.sample(logits, temperature.float(), top_k.int(), top_p.float(), min_p.float(), point.contiguous())
+
+
+GRAPH_ROWS = [1, 2, 4, *range(8, 257, 8)]
+
+
+def capture(function: Callable[[], None], pool: Any) -> tuple[Callable[[], None], Any]:
+    """Have a GPU record what a function launches; return what launches it again, and the pool of memory that it uses."""
+    function()  # compiles, and allocates what is allocated once
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other models' threads may go on
+        function()
+    return graph.replay, graph.pool()
 
 
 def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
@@ -1078,7 +1129,7 @@ def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, a
         "sinks": s_aux if s_aux is not None else getattr(module, "sinks", None)}
     batch = runner.batch.to(q.device)
     out = runner.attention(q, k, v, k_cache, v_cache, batch.slot_mapping, batch.block_tables, batch.cu_seqlens_q,
-                           batch.seq_lens, **options)
+                           batch.seq_lens, **options, **runner.hints(batch))
     return out.unsqueeze(0), None
 
 
@@ -1095,6 +1146,9 @@ class PagedRunner:
         self.calls, self.options = 0, {}  # how often `attend` was called, and with which arguments by layer
         self.meanwhile: Callable[[], None] | None = None
         self.last = torch.zeros(1, dtype=torch.int64, device=model.device)  # the tokens that the last step chose, by row
+        self.logits = self.chosen = None  # where graphs leave logits; the tokens that one has chosen in this step
+        self.graphs: dict[int, tuple[Ragged, Callable[[], None]]] = {}  # rows → what a graph reads, and what launches it
+        self.takes_hints = "decodes" in inspect.signature(kernel).parameters
         self.keeps_logits = "logits_to_keep" in inspect.signature(model.network.forward).parameters
 
     def layer_cache(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -1121,9 +1175,18 @@ class PagedRunner:
         for layer, (k, v) in shapes.items():
             self.layer_cache(layer, k, v)
 
-    def lay_out(self, batch: Batch) -> Ragged:
-        """Return a batch as `forward` takes it; this may be done while another one is computed."""
-        return ragged(batch, self.block_size, self.device)
+    def hints(self, batch: Ragged) -> dict[str, int]:
+        """Return what the attention would otherwise have to read from the device, if it takes that."""
+        return {"decodes": batch.decodes, "max_seq_len": batch.max_seq_len} if self.takes_hints else {}
+
+    def lay_out(self, batch: Batch, points: list[float] = ()) -> Ragged:
+        """Return a batch as `forward` takes it; this may be done while another one is computed.
+
+        If every sequence has one token and gets one, for which there are `points` to draw it by, a graph can compute it.
+        """
+        decodes = len(points) == len(batch) == sum(batch.values())
+        rows = next((rows for rows in self.graphs if decodes and rows >= len(batch)), 0)
+        return ragged(batch, self.block_size, self.device, rows, points)
 
     def forward(self, batch: Ragged, meanwhile: Callable[[], None] | None = None) -> Tensor:
         """Return the logits [samples, vocab] of the sequences that this batch computes to their end, then of scored tokens.
@@ -1133,20 +1196,61 @@ class PagedRunner:
         self.meanwhile, _step.runner = meanwhile, self
         try:
             self.model.activate(batch.adapter)
-            return self.compute(batch.to(self.device))
+            return self.compute(batch.to(self.device)) if batch.sampling is None else self.replay(batch)
         finally:
             self.let_go()
             _step.runner = None  # a dropped model's memory must not hang on here
 
     def compute(self, batch: Ragged) -> Tensor:
         """Run a batch through the network."""
-        self.batch = batch
+        self.batch, self.chosen = batch, None
         keep = {"logits_to_keep": batch.logits_rows} if self.keeps_logits else {}
         ids = batch.input_ids
         if batch.sources is not None:
             ids = torch.cat([ids[0], self.last]).index_select(0, batch.sources)[None]
         out = self.model.network(input_ids=ids, position_ids=batch.positions, use_cache=False, **keep)
         return out.logits[0] if self.keeps_logits else out.logits[0, batch.logits_rows]
+
+    def capture_decodes(self, max_running: int) -> None:
+        """Capture decode steps and the choice of their tokens, largest first: the others fit into its memory.
+
+        They read their inputs in one place, and leave logits and tokens in one place.
+        """
+        sizes = GRAPH_ROWS[:bisect.bisect_left(GRAPH_ROWS, max_running) + 1]
+        inputs = ragged({}, self.block_size, self.device, sizes[-1]).to(self.device)
+        width = min(-(-self.model.max_model_len // self.block_size), self.num_blocks)
+        inputs = replace(inputs, block_tables=inputs.block_tables.new_zeros(sizes[-1], width))
+        self.last = torch.zeros(max(max_running, sizes[-1]), dtype=torch.int64, device=self.device)
+        _step.runner = self
+        self.logits, pool, graphs = self.compute(inputs), None, {}
+        for rows in reversed(sizes):
+            part = inputs.first(rows)
+            launch, pool = capture(functools.partial(self.decode, part), pool)
+            graphs[rows] = part, launch
+        self.graphs = dict(reversed(graphs.items()))
+
+    def decode(self, inputs: Ragged) -> None:
+        """Compute a batch of decodes as a graph does."""
+        logits = self.compute(inputs)
+        self.logits[:len(logits)] = logits
+        self.last[:len(logits)] = choose_on_gpu(logits, inputs.sampling)
+
+    def replay(self, batch: Ragged) -> Tensor:
+        """Compute a batch of decodes by a graph."""
+        inputs, launch = self.graphs[len(batch.seq_lens)]
+        for name in ("input_ids", "positions", "slot_mapping", "seq_lens", "sources", "sampling"):
+            getattr(inputs, name).copy_(getattr(batch, name), non_blocking=True)
+        inputs.block_tables[:, :batch.block_tables.shape[1]].copy_(batch.block_tables, non_blocking=True)
+        launch()
+        self.chosen = self.last[:len(batch.seq_lens)]
+        return self.logits[:len(batch.seq_lens)]
+
+    def keep(self, chosen: Tensor) -> None:
+        """Remember a step's tokens [rows] for the inputs of the next one."""
+        if self.graphs:
+            self.last[:len(chosen)] = chosen
+        else:
+            self.last = chosen
 
     def in_layers(self) -> None:
         """Note that the layers have begun: a CPU computes them from here on, a GPU still has to be told to."""
@@ -1162,13 +1266,13 @@ class PagedRunner:
 class SequentialRunner:
     """Runs each sequence with a Hugging Face cache of its own: state-space, encoder-decoder and old models."""
 
-    paged = False
+    paged, chosen = False, None
 
     def __init__(self, model: Model) -> None:
         self.model = model
         self.token_bytes = 0  # by which a sequence's cache grows with each token; found by the self-test
 
-    def lay_out(self, batch: Batch) -> Batch:
+    def lay_out(self, batch: Batch, points: list[float]) -> Batch:
         return batch
 
     def forward(self, batch: Batch, meanwhile: Callable[[], None]) -> Tensor:
@@ -1218,39 +1322,81 @@ Runner = PagedRunner | SequentialRunner
 
 def choose_attention(kind: str, device: torch.device) -> tuple[Callable[..., Tensor], str]:
     """Return the attention kernel and its name. Raises APIError 400 for one asked for by name that cannot run here."""
-    problem = attention_cpu.unavailable() if device.type == "cpu" else f"there is none for {device.type}"
-    if kind in ("auto", "kernel") and problem is None:
-        return attention_cpu.paged_attention, "C++"
-    if kind == "triton":
-        return triton_attention(), "Triton"
-    if kind == "kernel":
-        raise APIError(400, f"--attn-implementation paged_attention cannot run here: {problem}")
+    problem = attention_cpu.unavailable() if device.type == "cpu" and kind != "triton" else triton_problem(device)
     if kind == "flash":
-        raise APIError(400, f"{kind} attention is not available: use --attn-implementation auto")
+        problem = flash_problem(device)
+    if problem and kind in ("kernel", "triton", "flash"):
+        raise APIError(400, f"--attn-implementation {kind.replace('kernel', 'paged_attention')} cannot run here: {problem}")
+    if kind == "flash":
+        from serve_kernels import attention_flash
+
+        return attention_flash.paged_attention, "flash-attn"
+    if kind in ("auto", "kernel", "triton") and problem is None:
+        if device.type == "cpu":
+            return attention_cpu.paged_attention, "C++"
+        from serve_kernels import attention_triton
+
+        return attention_triton.paged_attention, "Triton"
     if kind == "eager":
         return attention.paged_attention_eager, "eager"
     return attention.paged_attention_sdpa, "packed SDPA" + (f" (no kernel: {problem})" if kind == "auto" else "")
 
 
-def triton_attention() -> Callable[..., Tensor]:
-    """Return the kernel for CUDA. Raises APIError 400 where it cannot run. Not what `auto` chooses before it was measured."""
+def triton_problem(device: torch.device) -> str | None:
+    """Return why our kernels for CUDA cannot run, or None."""
+    if device.type != "cuda":
+        return f"triton is for CUDA, not for {device.type}"
     try:
         from serve_kernels import attention_triton
-
-        problem = attention_triton.unavailable()
     except ImportError as error:
-        problem = str(error)
-    if problem:
-        raise APIError(400, f"--attn-implementation triton cannot run here: {problem}")
-    return attention_triton.paged_attention
+        return str(error)
+    return attention_triton.unavailable()
 
 
-def cache_bytes(config: Config, device: torch.device) -> int:
-    """Return the bytes for the KV cache: a size, or a fraction of what is free."""
-    free = available_memory(device)
-    if config.kv_cache_memory is None:
-        return min(4 * GIB, int(0.4 * free)) if device.type != "cuda" else int(0.9 * free)
-    return int(config.kv_cache_memory * free if config.kv_cache_memory <= 1 else config.kv_cache_memory)
+def flash_problem(device: torch.device) -> str | None:
+    """Return why flash-attn cannot run, or None."""
+    if device.type != "cuda":
+        return f"flash-attn is for CUDA, not for {device.type}"
+    try:
+        from serve_kernels import attention_flash  # noqa: F401
+    except ImportError as error:
+        return f"flash-attn is not installed ({error})"
+    return None
+
+
+def step_tokens(config: Config, device: torch.device) -> int:
+    """Return how many tokens one step computes at most."""
+    return config.max_batch_tokens or (256 if device.type == "cpu" else 8192)
+
+
+def cache_bytes(config: Config, device: torch.device, peak: int = 0) -> int:
+    """Return the bytes for the KV cache: a size, or a fraction of what is free where the largest step takes `peak`."""
+    free = available_memory(device) - peak
+    if config.kv_cache_memory is not None:
+        return int(config.kv_cache_memory * free if config.kv_cache_memory <= 1 else config.kv_cache_memory)
+    if device.type == "cuda":
+        return free - torch.cuda.mem_get_info(device)[1] // 10
+    return min(4 * GIB, int(0.4 * free))
+
+
+def step_peaks(runner: PagedRunner, tokens: int) -> dict[torch.device, int]:
+    """Return the bytes that the largest step takes on each GPU, beside weights and cache; the cache is left small."""
+    devices = [device for device in runner.block_bytes if device.type == "cuda"]
+    if not devices:
+        return {}
+    longest = min(tokens, runner.model.max_model_len)
+    lengths = [min(longest, MAX_SCORED), *[longest] * (tokens // longest)]
+    runner.resize(1 + sum(-(-max(64, length) // runner.block_size) for length in lengths))
+    first, *others = scratch_sequences(runner, *lengths)
+    first.sampling = SamplingParams(score_prompt=True, logprobs=0)  # as many logits as there ever are
+    before = {device: torch.cuda.memory_allocated(device) for device in devices}
+    for device in devices:
+        torch.cuda.reset_peak_memory_stats(device)
+    advance(runner, dict(zip((first, *others), lengths)))
+    peaks = {device: torch.cuda.max_memory_allocated(device) - before[device] for device in devices}
+    runner.resize(2)
+    torch.cuda.empty_cache()
+    return peaks
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -1329,12 +1475,12 @@ def tensor_bytes(value: Any, seen: set[int]) -> int:
 
 
 def scratch_sequences(runner: PagedRunner, *lengths: int) -> list[Sequence]:
-    """Return sequences of random tokens, at most 64 each and 4 in number, in blocks of a cache that nobody uses yet."""
+    """Return sequences of random tokens, in blocks of a cache that nobody uses yet: it has room for 4 of up to 64."""
     pool, generator = BlockPool(runner.num_blocks, runner.block_size), torch.Generator().manual_seed(0)
     sequences = []
     for length in lengths:
         ids = torch.randint(runner.model.vocab_size, (length,), generator=generator).tolist()
-        blocks = pool.allocate(pool.blocks_for(64))
+        blocks = pool.allocate(pool.blocks_for(max(64, length)))
         sequences.append(Sequence(ids, length, SamplingParams(), 0, b"", None, 0, block_table=blocks))
     return sequences
 
@@ -1355,9 +1501,9 @@ def advance(runner: PagedRunner, batch: Batch) -> Tensor:
 class PatchedLayers(torch.nn.Module):
     """Stands where the first of a run of decoder layers stood, and runs all their fused twins on the step's batch at once."""
 
-    def __init__(self, fused: list[decoder_layer_cpu.FusedLayer], layers: list[int], returns_tuple: bool) -> None:
+    def __init__(self, kernels: types.ModuleType, fused: list[torch.nn.Module], layers: list[int], returns_tuple: bool) -> None:
         super().__init__()
-        self.fused, self.layers, self.returns_tuple = decoder_layer_cpu.FusedLayers(fused), layers, returns_tuple
+        self.kernels, self.fused, self.layers, self.returns_tuple = kernels, kernels.FusedLayers(fused), layers, returns_tuple
         self.caches: dict[int, tuple[Tensor, Tensor]] | None = None  # those that the layers are bound to
 
     def forward(self, hidden_states: Tensor, *_: Any, position_embeddings: tuple[Tensor, Tensor], **__: Any) -> Any:
@@ -1370,7 +1516,7 @@ class PatchedLayers(torch.nn.Module):
                 fused.bind(*self.caches[layer], **runner.options[layer])
         batch = runner.batch
         out = self.fused(hidden_states[0], cos[0], sin[0], batch.slot_mapping, batch.block_tables, batch.cu_seqlens_q,
-                         batch.seq_lens).unsqueeze(0)
+                         batch.seq_lens, **runner.hints(batch)).unsqueeze(0)
         return (out,) if self.returns_tuple else out
 
 
@@ -1385,9 +1531,20 @@ class PassedLayer(torch.nn.Module):
         return (hidden_states,) if self.returns_tuple else hidden_states
 
 
+def layer_kernels(runner: PagedRunner) -> types.ModuleType | None:
+    """Return the module with the fused layer that goes with a runner's attention, if there is one."""
+    if runner.attention is attention_cpu.paged_attention:
+        return None if decoder_layer_cpu.unavailable() else decoder_layer_cpu
+    if not runner.takes_hints or len(runner.block_bytes) > 1:  # a model that is spread moves between its layers
+        return None
+    from serve_kernels import decoder_layer_triton
+
+    return decoder_layer_triton
+
+
 def fuse_layers(runner: PagedRunner) -> None:
     """Replace the decoder layers whose fused twin agrees with them, at a prompt's shape and at a decode's; log which."""
-    if runner.attention is not attention_cpu.paged_attention or decoder_layer_cpu.unavailable():
+    if not (kernels := layer_kernels(runner)):
         return
     prompt, one, two = scratch_sequences(runner, 40, 21, 8)
     advance(runner, {one: 20, two: 7})
@@ -1396,10 +1553,9 @@ def fuse_layers(runner: PagedRunner) -> None:
     left: Counter[str] = Counter()
 
     def try_layer(layer: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        problem = decoder_layer_cpu.unsupported(layer)
+        problem = kernels.unsupported(layer)
         if problem is None:
-            fused = decoder_layer_cpu.FusedLayer(layer)
-            patch = PatchedLayers([fused], [layer.self_attn.layer_idx], isinstance(output, tuple))
+            patch = PatchedLayers(kernels, [kernels.FusedLayer(layer)], [layer.self_attn.layer_idx], isinstance(output, tuple))
             problem = disagreement(runner, layer, patch, decodes, args, kwargs)
         if problem is None:
             replacements[layer] = patch
@@ -1459,7 +1615,7 @@ def patch_list(layers: torch.nn.ModuleList, replacements: dict[torch.nn.Module, 
         first, *others = run
         patches = [replacements[originals[i]] for i in (first, *others)]
         fused, indices = [patch.fused.layers[0] for patch in patches], [patch.layers[0] for patch in patches]
-        layers[first] = PatchedLayers(fused, indices, passes)
+        layers[first] = PatchedLayers(patches[0].kernels, fused, indices, passes)
         if len(others) == len(originals) - 1:  # to pass one takes longer than some kernels
             del layers[1:]
             return
@@ -1480,7 +1636,12 @@ def make_runner(model: Model, kernel: Callable[..., Tensor], config: Config) -> 
     """
     runner = PagedRunner(model, kernel, config.block_size)
     useful = 1 + config.max_running * -(-model.max_model_len // config.block_size)
-    if (problem := self_test(runner)) is not None:
+    problem = self_test(runner)
+    if problem and config.attention == "auto" and runner.takes_hints:
+        log.warning("%s: packed SDPA, since our attention fails its self-test (%s)", model.id, problem)
+        runner = PagedRunner(model, attention.paged_attention_sdpa, config.block_size)
+        problem = self_test(runner)
+    if problem is not None:
         log.warning("%s: no paged attention (%s); each sequence keeps a cache of its own", model.id, problem)
         runner = SequentialRunner(model)
         if (problem := sequential_self_test(runner)) is not None:
@@ -1496,8 +1657,10 @@ def make_runner(model: Model, kernel: Callable[..., Tensor], config: Config) -> 
     if not (difference := relative_error(after, before)) < 0.1:
         raise APIError(400, f"The model {model.id!r} cannot be run: fused, its logits differ by {difference:.1e}",
                        "model_not_supported", "model")
+    peaks = step_peaks(runner, step_tokens(config, model.device))
     num_blocks, memory, memory_left, size = min(
-        (cache_bytes(config, device) // size, cache_bytes(config, device), available_memory(device), size)
+        (cache_bytes(config, device, peaks.get(device, 0)) // size, cache_bytes(config, device, peaks.get(device, 0)),
+         available_memory(device), size)
         for device, size in runner.block_bytes.items())  # on the device that has room for the fewest
     num_blocks = min(useful, max(2, num_blocks))
     if num_blocks * size > memory_left:
@@ -1506,7 +1669,21 @@ def make_runner(model: Model, kernel: Callable[..., Tensor], config: Config) -> 
         raise APIError(400, f"{memory} bytes are too few for a KV cache: raise --kv-cache-memory", "no_memory")
     runner.resize(num_blocks)
     log.info("%s: %d blocks of %d tokens", model.id, runner.num_blocks, config.block_size)
+    if runner.takes_hints and not model.adapters and len(runner.block_bytes) == 1:
+        capture_graphs(runner, config.max_running)
     return runner, runner.num_blocks
+
+
+def capture_graphs(runner: PagedRunner, max_running: int) -> None:
+    """Capture decode steps as CUDA graphs; a model that cannot be captured runs without."""
+    try:
+        runner.capture_decodes(max_running)
+        log.info("%s: decode steps of up to %d sequences are CUDA graphs", runner.model.id, max(runner.graphs))
+    except Exception as error:  # whatever a model's own code and CUDA make of it
+        runner.graphs = {}
+        log.warning("%s: no CUDA graphs (%s)", runner.model.id, (str(error) or type(error).__name__).splitlines()[0])
+    finally:
+        _step.runner = None
 
 
 # ── Sampling ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1529,9 +1706,14 @@ def draw_points(sequences: list[Sequence]) -> list[float]:
             for seq in sequences]
 
 
-def sample(logits: Tensor, sequences: list[Sequence], points: list[float]) -> Tensor:
-    """Choose one token per row of raw logits [rows, vocab]; return their ids [rows]."""
+def sample(logits: Tensor, sequences: list[Sequence], points: list[float], chosen: Tensor | None = None) -> Tensor:
+    """Choose one token per row of raw logits [rows, vocab]; return their ids [rows]. A graph may have `chosen` already."""
     scores = adjust(logits, sequences)
+    if chosen is not None and scores is logits:
+        return chosen[:len(sequences)]
+    if sequences and triton_problem(scores.device) is None:
+        sampling = torch.frombuffer(columns(sequences, points, len(sequences)), dtype=torch.float64).view(-1, 5)
+        return choose_on_gpu(scores, sampling.pin_memory().to(scores.device, non_blocking=True))
     chosen = argmax(scores)
     if hot := [i for i, seq in enumerate(sequences) if seq.sampling.temperature >= COLDEST]:
         params, at = [sequences[i].sampling for i in hot], [points[i] for i in hot]
@@ -2110,7 +2292,8 @@ class Engine:
             return None
         receivers = sampled(batch)
         decodes = len(receivers) == len(batch) == sum(batch.values())
-        step = Step(batch, receivers, draw_points(receivers), self.runner.lay_out(batch),
+        points = draw_points(receivers)
+        step = Step(batch, receivers, points, self.runner.lay_out(batch, points),
                     decodes and self.runner.paged and not any(map(needs_tokens, receivers)))
         for row, seq in enumerate(receivers):
             seq.row = row
@@ -2130,9 +2313,9 @@ class Engine:
     def run_step(self, step: Step, meanwhile: Callable[[], None]) -> Callable[[], tuple]:
         """Return what waits for a step's results: the token that each receiver gets and the scored tokens of prompts."""
         logits, count = self.runner.forward(step.inputs, meanwhile), len(step.receivers)
-        chosen = sample(logits[:count], step.receivers, step.points)
-        if count:
-            self.runner.last = chosen
+        chosen = sample(logits[:count], step.receivers, step.points, self.runner.chosen)
+        if step.overlaps:
+            self.runner.keep(chosen)
         ids = on_its_way(chosen)
         return lambda: (tokens_of(ids(), logits[:count], step.receivers), score(logits[count:], step.batch))
 
@@ -2389,8 +2572,7 @@ class ModelPool:
             k_cache, v_cache = next(iter(runner.caches.values()))
             unfit = kernel is attention_cpu.paged_attention and attention_cpu.unsupported(k_cache[0], v_cache[0], k_cache)
             log.info("%s: %s attention", loaded.name, f"packed SDPA ({unfit})" if unfit else name)
-        budget = self.config.max_batch_tokens or (256 if model.device.type == "cpu" else 8192)
-        scheduler = Scheduler(BlockPool(num_blocks, self.config.block_size), budget,
+        scheduler = Scheduler(BlockPool(num_blocks, self.config.block_size), step_tokens(self.config, model.device),
                               self.config.max_running if self.config.continuous_batching else 1, paged=runner.paged)
         engine = Engine(model, runner, scheduler, self.thread, self.config)
         engine.grammars.prepare()

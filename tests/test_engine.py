@@ -29,9 +29,12 @@ class TokenCacheRunner:
     def __init__(self, max_model_len: int = 40) -> None:
         self.model = types.SimpleNamespace(max_model_len=max_model_len, vocab_size=1000)
         self.cache: dict[int, int] = {}  # slot → token
-        self.last = torch.zeros(1)
+        self.last, self.chosen = torch.zeros(1), None
 
-    def lay_out(self, batch: serve.Batch) -> list[tuple]:
+    def keep(self, chosen: torch.Tensor) -> None:
+        self.last = chosen
+
+    def lay_out(self, batch: serve.Batch, points: list[float]) -> list[tuple]:
         """Return of each sequence the slots up to this step's end, the new tokens, and how many tokens are before each row."""
         laid_out = []
         for seq, count in batch.items():
