@@ -8,7 +8,8 @@ The life of a request, top to bottom of this file and back:
     chat_completions   decodes and checks the body, asks `ModelPool.get` for the model's engine
     render_chat        turns messages into a `Prompt` of token ids
     Engine.submit      checks that it can fit and makes a `TokenStream`: one `Sequence` per answer
-    Scheduler.schedule gives every running sequence its share of this step's tokens, and blocks from the `BlockPool`
+    Scheduler.schedule gives every running sequence its share of this step's tokens, and blocks from the `BlockPool`;
+                       where it can be, while the step before computes
     PagedRunner        runs the ragged batch through the model, whose attention is `attend`, over the paged KV cache
     sample             picks one token per row: penalties, temperature, top-k, top-p, min-p, seed, log-probabilities
     Engine.deliver     appends the tokens to their streams; whoever left the stream is dropped at the next step
@@ -252,7 +253,7 @@ class Config:
 
 REFUSED_FLAGS = {
     "--cb-num-blocks": "use --kv-cache-memory",
-    "--cb-use-cuda-graph": "CUDA graphs are not supported",
+    "--no-cb-use-cuda-graph": "decode steps are CUDA graphs where a model can be captured",
     "--compile": "torch.compile is not used: it was measured to be no faster here",
     "--decision-config": "/v1/systemone is not served",
     "--processor": "a model's own processor is used",
@@ -261,7 +262,7 @@ REFUSED_FLAGS = {
     "--format": "there is no such output", "--json": "there is no such output", "--no-truncate": "there is no such output",
 }
 # They ask for what is so anyway.
-ACCEPTED_FLAGS = {"--no-compile", "--no-cb-use-cuda-graph", "--use-bnb-nested-quant", "-q", "--quiet"}
+ACCEPTED_FLAGS = {"--no-compile", "--cb-use-cuda-graph", "--use-bnb-nested-quant", "-q", "--quiet"}
 
 
 def parse_command_line(argv: list[str]) -> Config:
@@ -2562,17 +2563,19 @@ class ModelPool:
         """Load a checkpoint and everything that runs it. Takes seconds: not for the trio thread."""
         torch.set_num_threads(self.config.threads or torch.get_num_threads())
         kernel, name = choose_attention(self.config.attention, torch.device(self.config.device))
+        block_size = self.config.block_size if name != "flash-attn" else -(-self.config.block_size // 256) * 256
         model = load_model(loaded.name, checkpoint, self.config, loaded.name == self.default,
                            functools.partial(setattr, loaded, "stage"))
-        runner, num_blocks = make_runner(model, kernel, self.config)
+        runner, num_blocks = make_runner(model, kernel, replace(self.config, block_size=block_size))
         for module in model.network.modules():
             module.__dict__.pop("grouped", None)  # whoever could take the codes has packed them
         return_memory()
         if runner.paged:
             k_cache, v_cache = next(iter(runner.caches.values()))
             unfit = kernel is attention_cpu.paged_attention and attention_cpu.unsupported(k_cache[0], v_cache[0], k_cache)
+            unfit = unfit or runner.attention is not kernel and "it failed its self-test"
             log.info("%s: %s attention", loaded.name, f"packed SDPA ({unfit})" if unfit else name)
-        scheduler = Scheduler(BlockPool(num_blocks, self.config.block_size), step_tokens(self.config, model.device),
+        scheduler = Scheduler(BlockPool(num_blocks, block_size), step_tokens(self.config, model.device),
                               self.config.max_running if self.config.continuous_batching else 1, paged=runner.paged)
         engine = Engine(model, runner, scheduler, self.thread, self.config)
         engine.grammars.prepare()

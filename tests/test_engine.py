@@ -159,7 +159,8 @@ async def test_sampled_answers_do_not_depend_on_company(exact: serve.Runner) -> 
 async def test_random_lives(seed: int) -> None:
     """Whatever comes, leaves, is preempted or shared, what is answered is right, and what is held is freed."""
     rng = random.Random(seed)
-    engine = make_engine(rng.randint(8, 24), rng.randint(1, 12), rng.randint(1, 6), max_model_len=28)
+    thread = serve.EngineThread(1) if seed % 2 else inline
+    engine = make_engine(rng.randint(8, 24), rng.randint(1, 12), rng.randint(1, 6), max_model_len=28, thread=thread)
     longest = engine.max_len
 
     async def live() -> None:
@@ -195,10 +196,126 @@ async def test_random_lives(seed: int) -> None:
             async with trio.open_nursery() as lives:
                 for _ in range(40):
                     lives.start_soon(live)
-            for _ in range(20):
-                await trio.lowlevel.checkpoint()
+            while not engine.scheduler.idle:
+                await trio.sleep(0.001)
             nursery.cancel_scope.cancel()
     assert_all_free(engine)
+
+
+# The next step is on its way when a step's tokens are delivered.
+
+
+def count_rows(engine: serve.Engine) -> list[int]:
+    """Return a list to which every step adds how many tokens it computes."""
+    counts, forward = [], engine.runner.forward
+    engine.runner.forward = lambda batch, meanwhile: (counts.append(sum(len(new) for _, new, _, _ in batch)),
+                                                      forward(batch, meanwhile))[1]
+    return counts
+
+
+async def test_an_end_that_is_foreseen_wastes_no_row() -> None:
+    engine = make_engine()
+    counts = count_rows(engine)
+    async with engine.submit([serve.Prompt([1, 2, 3])], Params(max_tokens=5)) as stream:
+        await engine.step()
+        for n in range(2, 6):
+            assert stream.sequences[0].num_generated_tokens == n - 1
+            await engine.step()
+    assert stream.sequences[0].finish_reason == "length" and counts == [3, 1, 1, 1, 1] and not engine.ahead
+
+
+async def test_finished_while_its_next_step_is_on_its_way() -> None:
+    engine = make_engine()
+    counts, answer = count_rows(engine), follow([1, 2, 3], 6)
+    params = Params(max_tokens=20, stop_token_ids=frozenset({answer[3]}))
+    async with engine.submit([serve.Prompt([1, 2, 3])], params) as stream:
+        for _ in range(4):
+            await engine.step()
+        (seq,) = stream.sequences
+        assert seq.finish_reason == "stop" and engine.ahead and seq.block_table
+        await engine.step()
+        assert (ids(seq.arrived), counts) == (answer[:4], [3, 1, 1, 1, 1])
+    assert_all_free(engine)
+
+
+async def test_blocks_of_who_left_are_written_by_the_next_owner_after_the_step_on_its_way() -> None:
+    engine = make_engine(num_blocks=4)  # 3 blocks of 4: there is room for one of them only
+    async with engine.submit([serve.Prompt(list(range(7)))], Params(max_tokens=5)) as leaver:
+        for _ in range(3):
+            await engine.step()
+        assert engine.ahead and len(leaver.sequences[0].block_table) == 3
+    async with engine.submit([serve.Prompt([9] * 9)], Params(max_tokens=3)) as stream:
+        for _ in range(6):
+            await engine.step()
+        assert ids(stream.sequences[0].arrived) == follow([9] * 9, 3)
+    await engine.step()
+    assert_all_free(engine)
+
+
+async def test_preempted_while_its_token_is_on_its_way() -> None:
+    engine = make_engine(num_blocks=5, max_batch_tokens=16)
+    prompts = [[1, 2, 3, 4, 5, 6, 7], [11, 12, 13, 14, 15, 16]]
+    old, young = (engine.submit([serve.Prompt(prompt)], Params(max_tokens=8)) for prompt in prompts)
+    async with old, young:
+        (seq,) = young.sequences
+        while seq not in engine.scheduler.waiting or not seq.token_ids[6:]:
+            await engine.step()
+        assert engine.ahead and seq not in engine.ahead.batch and seq.num_pending_tokens == 0 and not seq.block_table
+        while not (seq.finish_reason and old.sequences[0].finish_reason):
+            await engine.step()
+        assert [ids(stream.sequences[0].arrived) for stream in (old, young)] == [follow(prompt, 8) for prompt in prompts]
+    await engine.step()
+    assert_all_free(engine)
+
+
+@pytest.mark.parametrize("params, overlaps", [
+    (Params(), True), (Params(temperature=1.0, top_p=0.5, seed=3), True), (Params(logit_bias={7: 5.0}), True),
+    (Params(logprobs=0), False), (Params(repetition_penalty=1.1), False), (Params(presence_penalty=0.5), False),
+    (Params(min_tokens=9, stop_token_ids=frozenset({EOS})), False)], ids=str)
+async def test_who_is_computed_further_before_its_token_is_read(params: serve.SamplingParams, overlaps: bool) -> None:
+    engine = make_engine()
+    async with engine.submit([serve.Prompt([1, 2, 3])], params):
+        await engine.step()
+        assert not engine.ahead
+        for _ in range(3):
+            await engine.step()
+            assert bool(engine.ahead) == overlaps
+    await engine.step()
+    assert_all_free(engine)
+
+
+@pytest.mark.parametrize("params", [Params(temperature=1.0, seed=3), Params(temperature=1.5, seed=8, top_k=20)], ids=str)
+async def test_answers_are_the_same_ahead_or_not(params: serve.SamplingParams, exact: serve.Runner,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    async def answer() -> list[list[serve.Token]]:
+        async with running(exact) as engine:
+            return await collect(engine.submit(prompts(exact.model, 3), dataclasses.replace(params, max_tokens=8)))
+
+    ahead = await answer()
+    monkeypatch.setattr(serve, "needs_tokens", lambda seq: True)
+    assert await answer() == ahead
+
+
+async def test_a_block_that_a_pending_token_fills_is_shared_once_it_is_known() -> None:
+    engine = make_engine()
+    prompt = [1, 2, 3]
+    async with engine.submit([serve.Prompt(prompt)], Params(max_tokens=8)) as stream:
+        await engine.step()
+        await engine.step()  # the fourth token is computed, the step that computes the fifth is on its way
+        assert engine.ahead and engine.scheduler.pool.cached == {serve.block_hash(b"", stream.sequences[0].token_ids[:4]): 1}
+
+
+async def test_a_crash_amid_the_step_that_is_ahead() -> None:
+    """The step before it is delivered."""
+    engine = make_engine()
+    forwards = iter([engine.runner.forward] * 2)
+    engine.runner.forward = lambda *batch: next(forwards, lambda *_: 1 / 0)(*batch)
+    async with engine.submit([serve.Prompt([1, 2, 3])], Params(max_tokens=8)) as stream:
+        await engine.step()
+        await engine.step()
+        assert ids(stream.sequences[0].arrived) == follow([1, 2, 3], 2)
+        with pytest.raises(ZeroDivisionError):
+            await engine.step()
 
 
 async def test_answers_to_one_prompt_share_its_blocks() -> None:
