@@ -8,7 +8,8 @@ The life of a request, top to bottom of this file and back:
     chat_completions   decodes and checks the body, asks `ModelPool.get` for the model's engine
     render_chat        turns messages into a `Prompt` of token ids
     Engine.submit      checks that it can fit and makes a `TokenStream`: one `Sequence` per answer
-    Scheduler.schedule gives every running sequence its share of this step's tokens, and blocks from the `BlockPool`
+    Scheduler.schedule gives every running sequence its share of this step's tokens, and blocks from the `BlockPool`;
+                       where it can be, while the step before computes
     PagedRunner        runs the ragged batch through the model, whose attention is `attend`, over the paged KV cache
     sample             picks one token per row: penalties, temperature, top-k, top-p, min-p, seed, log-probabilities
     Engine.deliver     appends the tokens to their streams; whoever left the stream is dropped at the next step
@@ -337,7 +338,7 @@ class Config:
 
 REFUSED_FLAGS = {
     "--cb-num-blocks": "use --kv-cache-memory",
-    "--cb-use-cuda-graph": "CUDA graphs are not supported",
+    "--no-cb-use-cuda-graph": "decode steps are CUDA graphs where a model can be captured",
     "--compile": "torch.compile is not used: it was measured to be no faster here",
     "--decision-config": "/v1/systemone is not served",
     "--processor": "a model's own processor is used",
@@ -346,7 +347,7 @@ REFUSED_FLAGS = {
     "--format": "there is no such output", "--json": "there is no such output", "--no-truncate": "there is no such output",
 }
 # They ask for what is so anyway.
-ACCEPTED_FLAGS = {"--no-compile", "--no-cb-use-cuda-graph", "--use-bnb-nested-quant", "-q", "--quiet"}
+ACCEPTED_FLAGS = {"--no-compile", "--cb-use-cuda-graph", "--use-bnb-nested-quant", "-q", "--quiet"}
 
 
 def parse_command_line(argv: list[str]) -> Config:
@@ -607,8 +608,9 @@ class Sequence:
     """One answer in the making: known tokens, how many of them are computed, and the blocks that hold those.
 
     `token_ids` is the prompt and everything generated; the KV cache holds the first `num_computed_tokens` of it, those of
-    `num_shared_tokens` in blocks of others. `scores` has the prompt's tokens, block by block, once they are scored; the lists
-    are shared with the prefix cache.
+    `num_shared_tokens` in blocks of others. While a step follows another whose tokens nobody has read yet, there is one token
+    more than that: it is pending, and stands at `row` of what that step chooses. `scores` has the prompt's tokens, block by
+    block, once they are scored; the lists are shared with the prefix cache.
     """
 
     token_ids: list[int]
@@ -618,6 +620,9 @@ class Sequence:
     salt: bytes
     stream: TokenStream
     index: int
+    max_tokens: int = sys.maxsize  # prompt and answer together
+    num_pending_tokens: int = 0
+    row: int = 0
     num_computed_tokens: int = 0
     num_shared_tokens: int = 0
     num_cached_tokens: int | None = None  # of the prompt, found in the prefix cache at the first admission
@@ -638,6 +643,10 @@ class Sequence:
     embedding: Tensor | None = None  # [hidden]
 
     @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) + self.num_pending_tokens
+
+    @property
     def num_generated_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 
@@ -652,7 +661,7 @@ class Sequence:
     @property
     def scoring(self) -> bool:
         """Whether the prompt's tokens get log-probabilities as they are computed: that ends with the first answer."""
-        return self.sampling.score_prompt and not self.num_generated_tokens
+        return self.sampling.score_prompt and self.num_tokens == self.num_prompt_tokens
 
     def scored(self, count: int) -> range:
         """Return the positions of the prompt that get a score with the next `count` tokens: those after each of them."""
@@ -679,7 +688,7 @@ MAX_SCORED = 1024  # tokens of scored prompts in a step: each has a row of logit
 
 def sampled(batch: Batch) -> list[Sequence]:
     """Return the sequences of the batch whose next token this step chooses: those it computes to their end."""
-    return [seq for seq, count in batch.items() if seq.num_computed_tokens + count == len(seq.token_ids)]
+    return [seq for seq, count in batch.items() if seq.num_computed_tokens + count == seq.num_tokens]
 
 
 class Scheduler:
@@ -711,7 +720,7 @@ class Scheduler:
             if batch:
                 self.turns[adapter] = self.turns.pop(adapter)
                 break
-        assert batch or self.idle
+        assert batch or self.idle or any(seq.num_pending_tokens for seq in (*self.running, *self.waiting))
         return batch
 
     def schedule_adapter(self, adapter: str | None, batch: Batch) -> None:
@@ -719,7 +728,8 @@ class Scheduler:
         for seq in list(self.running):  # a prompt in chunks is the youngest of them, but for a scored one: that leaves room
             if seq.adapter == adapter and seq.block_table:  # not preempted by a sequence before it
                 self.grow(seq, batch)
-        self.publish(batch)
+        for seq, count in batch.items():
+            self.publish(seq, seq.num_computed_tokens, seq.num_computed_tokens + count)
         while self.waiting and self.room(self.waiting[0]) and len(self.running) < self.max_running:
             if self.waiting[0].adapter != adapter or not self.admit(self.waiting[0], batch):
                 break
@@ -730,8 +740,8 @@ class Scheduler:
 
     def grow(self, seq: Sequence, batch: Batch) -> None:
         """Schedule a running sequence's next tokens, taking blocks from the youngest if there are no others."""
-        count = min(len(seq.token_ids) - seq.num_computed_tokens, self.room(seq))
-        if count == 0:
+        count = min(seq.num_tokens - seq.num_computed_tokens, self.room(seq))
+        if count == 0 or seq.num_pending_tokens and seq.num_tokens >= seq.max_tokens:  # its last token is on its way
             return
         while (blocks := self.pool.allocate(self.missing(seq, seq.num_computed_tokens + count))) is None:
             self.preempt(victim := self.running[-1])
@@ -742,7 +752,9 @@ class Scheduler:
         self.add(seq, count, batch)
 
     def admit(self, seq: Sequence, batch: Batch) -> bool:
-        """Move the first waiting sequence to the running ones, if all of its known tokens can have blocks."""
+        """Move the first waiting sequence to the running ones, if all of its tokens are known and can have blocks."""
+        if seq.num_pending_tokens:  # it was preempted a moment ago
+            return False
         hashes = self.shareable(seq) if self.paged else []
         if self.pool.blocks_for(len(seq.token_ids)) > len(self.pool.free) + len(hashes):
             return False  # even if every hash is found
@@ -760,7 +772,7 @@ class Scheduler:
         self.waiting.popleft()
         self.running.append(seq)
         self.add(seq, min(len(seq.token_ids) - seq.num_computed_tokens, self.room(seq)), batch)
-        self.publish({seq: batch[seq]})
+        self.publish(seq, seq.num_computed_tokens, seq.num_computed_tokens + batch[seq])
         return True
 
     def shareable(self, seq: Sequence) -> list[bytes]:
@@ -788,17 +800,33 @@ class Scheduler:
     def missing(self, seq: Sequence, num_tokens: int) -> int:
         return max(0, self.pool.blocks_for(num_tokens) - len(seq.block_table))
 
-    def publish(self, batch: Batch) -> None:
-        """Let others share the blocks this step fills, in this very step: each layer writes before any row attends."""
-        if self.paged:
-            for seq, count in batch.items():
-                first = seq.num_computed_tokens // self.pool.block_size
-                last = (seq.num_computed_tokens + count) // self.pool.block_size
-                for i in range(first, last):
-                    digest = seq.hash_blocks(self.pool.block_size, last)[i]
-                    self.pool.publish(seq.block_table[i], digest)
-                    if seq.scoring:  # then nothing is known but the prompt
-                        self.pool.keep_scores(digest, seq.sampling.logprobs, seq.scores[i])
+    def publish(self, seq: Sequence, start: int, end: int) -> None:
+        """Let others share the blocks that known tokens fill up to `end`, from the one of the token at `start` on.
+
+        They may be filled in this very step: each layer writes before any row attends.
+        """
+        last = min(end, len(seq.token_ids)) // self.pool.block_size
+        for i in range(start // self.pool.block_size, last) if self.paged else ():
+            digest = seq.hash_blocks(self.pool.block_size, last)[i]
+            self.pool.publish(seq.block_table[i], digest)
+            if seq.scoring:  # then nothing is known but the prompt
+                self.pool.keep_scores(digest, seq.sampling.logprobs, seq.scores[i])
+
+    def advance(self, batch: Batch) -> None:
+        """Take a step's tokens for computed, and those it chooses for pending, whether it is on its way or done."""
+        for seq in sampled(batch):
+            seq.num_pending_tokens += 1
+        for seq, count in batch.items():
+            seq.num_computed_tokens += count
+            self.publish(seq, seq.num_computed_tokens - count, seq.num_computed_tokens)  # pending when scheduled
+
+    def take_back(self, batch: Batch, receivers: list[Sequence]) -> None:
+        """Undo `advance`, for a step that failed."""
+        for seq in receivers:
+            seq.num_pending_tokens -= 1
+        for seq, count in batch.items():
+            if seq.block_table:  # neither dropped nor preempted since
+                seq.num_computed_tokens -= count
 
     def preempt(self, seq: Sequence) -> None:
         """Take a running sequence's blocks; it waits first in line and will be computed again."""
@@ -1289,6 +1317,9 @@ def available_memory(device: torch.device) -> int:
 _step = threading.local()  # transformers calls `attend` with no room for an argument of ours: the step's runner stands here
 
 
+Sight = tuple[Sequence, slice, slice]  # a prompt with images, its rows in a batch, and which of its tokens they are
+
+
 @dataclass(frozen=True, slots=True)
 class Ragged:
     """A batch as tensors; rows of all sequences follow each other."""
@@ -1300,23 +1331,47 @@ class Ragged:
     cu_seqlens_q: Tensor  # [sequences + 1] int32: where each sequence's rows start
     seq_lens: Tensor  # [sequences] int32: tokens in the cache once this step's are written
     logits_rows: Tensor  # [samples] int64: the last row of each sequence that gets a token, then those before scored tokens
+    sources: Tensor | None  # [tokens] int64, if any is pending: its place among input_ids and, after them, what was chosen last
+    sampling: Tensor | None  # [sequences, 5] float64, for a graph: temperature, top-k, top-p, min-p and the number to draw by
+    decodes: int  # how many sequences, from the first on, have one row
+    max_seq_len: int  # of those
+    adapter: str | None  # with which it is computed
+    sights: list[Sight]  # what it computes of prompts with images
 
     def to(self, device: torch.device) -> Ragged:
-        """Return the batch on a device: itself, but where a model is spread over several."""
+        """Return the batch on a device."""
         if self.input_ids.device == device:
             return self
-        return Ragged(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+        values = (getattr(self, f.name) for f in fields(self))
+        return Ragged(*(value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for value in values))
+
+    def first(self, count: int) -> Ragged:
+        """Return the first sequences, without copying, of a batch of decodes laid out for a graph."""
+        tokens = {name: getattr(self, name)[..., :count] for name in ("input_ids", "positions")}
+        rows = {name: getattr(self, name)[:count] for name in ("slot_mapping", "block_tables", "seq_lens", "logits_rows",
+                                                               "sources", "sampling")}
+        return replace(self, **tokens, **rows, cu_seqlens_q=self.cu_seqlens_q[:count + 1], decodes=count)
 
 
-def ragged(batch: Batch, block_size: int, device: torch.device) -> Ragged:
-    """Lay a batch out as tensors."""
-    ids, positions, slots, rows, scoring = (array("q") for _ in range(5))
+def ragged(batch: Batch, block_size: int, device: torch.device, rows: int = 0, points: Iterable[float] = ()) -> Ragged:
+    """Lay a batch out as tensors on the host, from where a GPU can fetch them while it computes.
+
+    For a graph, decodes are padded to so many `rows` by sequences of length 0, which write where nobody reads.
+    """
+    ids, positions, slots, samples, scoring = (array("q") for _ in range(5))
+    pending: dict[int, int] = {}
+    sights: list[Sight] = []
     tables, starts, lens = array("i"), array("i", [0]), array("i")
-    width = max(len(seq.block_table) for seq in batch)
+    width = max((len(seq.block_table) for seq in batch), default=1)
     for seq, count in batch.items():
         start, end, table = seq.num_computed_tokens, seq.num_computed_tokens + count, seq.block_table
         shift = seq.media.shift if seq.media else 0
         ids.extend(seq.token_ids[start:end])
+        if end > len(seq.token_ids):
+            pending[len(ids)] = seq.row
+            ids.append(0)
+        if seq.media and start < (stop := min(end, seq.num_prompt_tokens)):
+            sights.append((seq, slice(len(positions), len(positions) + stop - start), slice(start, stop)))
         positions.extend(range(start + shift, end + shift))
         slots.extend([table[p // block_size] * block_size + p % block_size for p in range(start, end)])
         if start < seq.num_shared_tokens:  # written already, by another: block 0 is for what nobody reads
@@ -1325,14 +1380,55 @@ def ragged(batch: Batch, block_size: int, device: torch.device) -> Ragged:
         tables.extend(table + [0] * (width - len(table)))
         starts.append(len(ids))
         lens.append(end)
-        if end == len(seq.token_ids):
-            rows.append(len(ids) - 1)
+        if end == seq.num_tokens:
+            samples.append(len(ids) - 1)
+    padding = range(len(ids), rows)
+    decodes = sum(1 for _ in itertools.takewhile(lambda count: count == 1, batch.values())) + len(padding)
+    samples.extend(padding)
+    starts.extend(token + 1 for token in padding)
+    for values, width_ in ((ids, 1), (positions, 1), (slots, 1), (lens, 1), (tables, width)):
+        values.extend([0] * (width_ * len(padding)))
+    sources = array("q", [len(ids) + pending[i] if i in pending else i for i in range(len(ids))])
 
     def tensor(values: array) -> Tensor:
-        return torch.frombuffer(values, dtype=torch.int64 if values.typecode == "q" else torch.int32).to(device)
+        out = torch.frombuffer(values, dtype={"q": torch.int64, "i": torch.int32, "d": torch.float64}[values.typecode])
+        return out.pin_memory() if device.type == "cuda" else out
 
-    return Ragged(tensor(ids)[None], tensor(positions)[None], tensor(slots), tensor(tables).view(len(batch), width),
-                  tensor(starts), tensor(lens), tensor(rows + scoring or array("q", [0])))
+    sampling = tensor(columns(batch, points, rows)).view(-1, 5) if rows else None
+    return Ragged(tensor(ids)[None], tensor(positions)[None], tensor(slots), tensor(tables).view(len(lens), width),
+                  tensor(starts), tensor(lens), tensor(samples + scoring or array("q", [0])),
+                  tensor(sources) if pending or rows else None, sampling, decodes, max(lens[:decodes], default=0),
+                  next((seq.adapter for seq in batch), None), sights)
+
+
+def columns(sequences: Iterable[Sequence], points: Iterable[float], rows: int) -> array:
+    """Return how each row's token is to be chosen, five numbers a row as a GPU reads them; rows beyond are greedy."""
+    values = array("d")
+    for seq, point in zip(sequences, points, strict=True):
+        params = seq.sampling
+        values.extend((params.temperature, min(params.top_k, 1 << 30), params.top_p, params.min_p, point))
+    return values + array("d", [0] * (5 * rows - len(values)))
+
+
+def choose_on_gpu(logits: Tensor, sampling: Tensor) -> Tensor:
+    """Choose a token per row of logits [rows, vocab] by columns [rows, 5], without waiting for the device."""
+    from serve_kernels import sampling_triton
+
+    temperature, top_k, top_p, min_p, point = sampling.unbind(1)
+    return sampling_triton.sample(logits, temperature.float(), top_k.int(), top_p.float(), min_p.float(), point.contiguous())
+
+
+GRAPH_ROWS = [1, 2, 4, *range(8, 257, 8)]
+
+
+def capture(function: Callable[[], None], pool: Any) -> tuple[Callable[[], None], Any]:
+    """Have a GPU record what a function launches; return what launches it again, and the pool of memory that it uses."""
+    function()  # compiles, and allocates what is allocated once
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other models' threads may go on
+        function()
+    return graph.replay, graph.pool()
 
 
 def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
@@ -1343,6 +1439,7 @@ def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, a
     query [1, heads, tokens, head_dim]; key, value [1, kv_heads, tokens, head_dim]; returns [1, tokens, heads, head_dim].
     """
     runner: PagedRunner = _step.runner
+    runner.in_layers()
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
     k_cache, v_cache = runner.layer_cache(module.layer_idx, k, v)
     runner.calls += 1
@@ -1351,7 +1448,7 @@ def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, a
         "sinks": s_aux if s_aux is not None else getattr(module, "sinks", None)}
     batch = runner.batch.to(q.device)
     out = runner.attention(q, k, v, k_cache, v_cache, batch.slot_mapping, batch.block_tables, batch.cu_seqlens_q,
-                           batch.seq_lens, **options)
+                           batch.seq_lens, **options, **runner.hints(batch))
     return out.unsqueeze(0), None
 
 
@@ -1399,7 +1496,7 @@ class PagedRunner:
     paged = True
 
     def __init__(self, model: Model, kernel: Callable[..., Tensor], block_size: int) -> None:
-        self.model, self.attention, self.block_size = model, kernel, block_size
+        self.model, self.attention, self.block_size, self.device = model, kernel, block_size, model.device
         self.num_blocks = 1 + 4 * -(-64 // block_size)  # enough for scratch_sequences
         self.num_blocks += -(-len(model.sample.token_ids) // block_size) if model.sample else 0  # and for sight_sequences
         self.caches: dict[int, tuple[Tensor, Tensor]] = {}
@@ -1410,6 +1507,11 @@ class PagedRunner:
         self.seen: list[tuple[Tensor | None, slice, slice, list[Tensor]]] = []  # the step's prompts with media, for `merge`
         if model.sample:
             model.network.get_decoder().register_forward_pre_hook(self.merge, with_kwargs=True)
+        self.meanwhile: Callable[[], None] | None = None
+        self.last = torch.zeros(1, dtype=torch.int64, device=model.device)  # the tokens that the last step chose, by row
+        self.logits = self.chosen = None  # where graphs leave logits; the tokens that one has chosen in this step
+        self.graphs: dict[int, tuple[Ragged, Callable[[], None]]] = {}  # rows → what a graph reads, and what launches it
+        self.takes_hints = "decodes" in inspect.signature(kernel).parameters
         self.keeps_logits = "logits_to_keep" in inspect.signature(model.network.forward).parameters
 
     def layer_cache(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -1443,17 +1545,13 @@ class PagedRunner:
         return [whole, *(torch.zeros_like(whole).masked_scatter(given["visual_pos_masks"][0, :, None], added.to(whole.dtype))
                          for added in given.get("deepstack_visual_embeds") or ())]
 
-    def look(self, batch: Batch) -> None:
-        """Embed the images that this batch computes any token of."""
-        before, self.embedded, self.seen, row = self.embedded, {}, [], 0
-        for seq, count in batch.items():
-            start, end = seq.num_computed_tokens, min(seq.num_computed_tokens + count, seq.num_prompt_tokens)
-            if seq.media and start < end:
-                if seq.media.within(start, end):
-                    before[seq.media] = self.embedded[seq.media] = before.get(seq.media) or self.embed(seq)
-                layers = self.embedded.get(seq.media, [])
-                self.seen.append((seq.media.positions, slice(row, row + end - start), slice(start, end), layers))
-            row += count
+    def look(self, sights: list[Sight]) -> None:
+        """Embed the images of which a batch computes any token."""
+        before, self.embedded, self.seen = self.embedded, {}, []
+        for seq, rows, span in sights:
+            if seq.media.within(span.start, span.stop):
+                before[seq.media] = self.embedded[seq.media] = before.get(seq.media) or self.embed(seq)
+            self.seen.append((seq.media.positions, rows, span, self.embedded.get(seq.media, [])))
 
     def merge(self, _: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Replace what the language model is called with in the rows of prompts with media."""
@@ -1474,18 +1572,95 @@ class PagedRunner:
             kwargs |= {"visual_pos_masks": everywhere, "deepstack_visual_embeds": merged[1:]}
         return args, kwargs
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Return the logits [samples, vocab] of the sequences that this batch computes to their end, then of scored tokens."""
-        self.model.activate(next(iter(batch)).adapter)
-        self.look(batch)
-        self.batch = ragged(batch, self.block_size, self.model.device)
-        _step.runner = self
-        keep = {"logits_to_keep": self.batch.logits_rows} if self.keeps_logits else {}
+    def hints(self, batch: Ragged) -> dict[str, int]:
+        """Return what the attention would otherwise have to read from the device, if it takes that."""
+        return {"decodes": batch.decodes, "max_seq_len": batch.max_seq_len} if self.takes_hints else {}
+
+    def lay_out(self, batch: Batch, points: list[float] = ()) -> Ragged:
+        """Return a batch as `forward` takes it; this may be done while another one is computed.
+
+        If every sequence has one token and gets one, for which there are `points` to draw it by, a graph can compute it.
+        """
+        decodes = len(points) == len(batch) == sum(batch.values()) and not any(
+            seq.sampling.embed or seq.media and seq.num_computed_tokens < seq.num_prompt_tokens for seq in batch)
+        rows = next((rows for rows in self.graphs if decodes and rows >= len(batch)), 0)
+        return ragged(batch, self.block_size, self.device, rows, points)
+
+    def forward(self, batch: Ragged, meanwhile: Callable[[], None] | None = None) -> Tensor:
+        """Return the logits [samples, vocab] of the sequences that this batch computes to their end, then of scored tokens.
+
+        `meanwhile` is called once, as soon as this thread needs the interpreter no more: the layers compute.
+        """
+        self.meanwhile = meanwhile
         try:
-            out = self.model.network(input_ids=self.batch.input_ids, position_ids=self.batch.positions, use_cache=False, **keep)
+            self.model.activate(batch.adapter)
+            self.look(batch.sights)
+            _step.runner = self
+            return self.compute(batch.to(self.device)) if batch.sampling is None else self.replay(batch)
         finally:
+            self.let_go()
             _step.runner = None  # a dropped model's memory must not hang on here
-        return out.logits[0] if self.keeps_logits else out.logits[0, self.batch.logits_rows]
+
+    def compute(self, batch: Ragged) -> Tensor:
+        """Run a batch through the network."""
+        self.batch, self.chosen = batch, None
+        keep = {"logits_to_keep": batch.logits_rows} if self.keeps_logits else {}
+        ids = batch.input_ids
+        if batch.sources is not None:
+            ids = torch.cat([ids[0], self.last]).index_select(0, batch.sources)[None]
+        out = self.model.network(input_ids=ids, position_ids=batch.positions, use_cache=False, **keep)
+        return out.logits[0] if self.keeps_logits else out.logits[0, batch.logits_rows]
+
+    def capture_decodes(self, max_running: int) -> None:
+        """Capture decode steps and the choice of their tokens, largest first: the others fit into its memory.
+
+        They read their inputs in one place, and leave logits and tokens in one place.
+        """
+        sizes = GRAPH_ROWS[:bisect.bisect_left(GRAPH_ROWS, max_running) + 1]
+        inputs = ragged({}, self.block_size, self.device, sizes[-1]).to(self.device)
+        width = min(-(-self.model.max_model_len // self.block_size), self.num_blocks)
+        inputs = replace(inputs, block_tables=inputs.block_tables.new_zeros(sizes[-1], width))
+        self.last = torch.zeros(max(max_running, sizes[-1]), dtype=torch.int64, device=self.device)
+        _step.runner = self
+        self.logits, pool, graphs = self.compute(inputs), None, {}
+        for rows in reversed(sizes):
+            part = inputs.first(rows)
+            launch, pool = capture(functools.partial(self.decode, part), pool)
+            graphs[rows] = part, launch
+        self.graphs = dict(reversed(graphs.items()))
+
+    def decode(self, inputs: Ragged) -> None:
+        """Compute a batch of decodes as a graph does."""
+        logits = self.compute(inputs)
+        self.logits[:len(logits)] = logits
+        self.last[:len(logits)] = choose_on_gpu(logits, inputs.sampling)
+
+    def replay(self, batch: Ragged) -> Tensor:
+        """Compute a batch of decodes by a graph."""
+        inputs, launch = self.graphs[len(batch.seq_lens)]
+        for name in ("input_ids", "positions", "slot_mapping", "seq_lens", "sources", "sampling"):
+            getattr(inputs, name).copy_(getattr(batch, name), non_blocking=True)
+        inputs.block_tables[:, :batch.block_tables.shape[1]].copy_(batch.block_tables, non_blocking=True)
+        launch()
+        self.chosen = self.last[:len(batch.seq_lens)]
+        return self.logits[:len(batch.seq_lens)]
+
+    def keep(self, chosen: Tensor) -> None:
+        """Remember a step's tokens [rows] for the inputs of the next one."""
+        if self.graphs:
+            self.last[:len(chosen)] = chosen
+        else:
+            self.last = chosen
+
+    def in_layers(self) -> None:
+        """Note that the layers have begun: a CPU computes them from here on, a GPU still has to be told to."""
+        if self.device.type == "cpu":
+            self.let_go()
+
+    def let_go(self) -> None:
+        meanwhile, self.meanwhile = self.meanwhile, None
+        if meanwhile:
+            meanwhile()
 
 
     def watch_states(self) -> None:
@@ -1501,14 +1676,18 @@ class PagedRunner:
 class SequentialRunner:
     """Runs each sequence with a Hugging Face cache of its own: state-space, encoder-decoder and old models."""
 
-    paged = False
+    paged, chosen = False, None
 
     def __init__(self, model: Model) -> None:
         self.model = model
         self.token_bytes = 0  # by which a sequence's cache grows with each token; found by the self-test
 
-    def forward(self, batch: Batch) -> Tensor:
+    def lay_out(self, batch: Batch, points: list[float]) -> Batch:
+        return batch
+
+    def forward(self, batch: Batch, meanwhile: Callable[[], None]) -> Tensor:
         """Return the logits [samples, vocab] as the other runner does; every sequence of a batch is computed to its end."""
+        meanwhile()
         self.model.activate(next(iter(batch)).adapter)
         rows = [self.last_logits(seq, len(seq.scored(count))) for seq, count in batch.items()]
         return torch.cat([logits[:1] for logits in rows] + [logits[1:] for logits in rows])
@@ -1545,39 +1724,81 @@ Runner = PagedRunner | SequentialRunner
 
 def choose_attention(kind: str, device: torch.device) -> tuple[Callable[..., Tensor], str]:
     """Return the attention kernel and its name. Raises APIError 400 for one asked for by name that cannot run here."""
-    problem = attention_cpu.unavailable() if device.type == "cpu" else f"there is none for {device.type}"
-    if kind in ("auto", "kernel") and problem is None:
-        return attention_cpu.paged_attention, "C++"
-    if kind == "triton":
-        return triton_attention(), "Triton"
-    if kind == "kernel":
-        raise APIError(400, f"--attn-implementation paged_attention cannot run here: {problem}")
+    problem = attention_cpu.unavailable() if device.type == "cpu" and kind != "triton" else triton_problem(device)
     if kind == "flash":
-        raise APIError(400, f"{kind} attention is not available: use --attn-implementation auto")
+        problem = flash_problem(device)
+    if problem and kind in ("kernel", "triton", "flash"):
+        raise APIError(400, f"--attn-implementation {kind.replace('kernel', 'paged_attention')} cannot run here: {problem}")
+    if kind == "flash":
+        from serve_kernels import attention_flash
+
+        return attention_flash.paged_attention, "flash-attn"
+    if kind in ("auto", "kernel", "triton") and problem is None:
+        if device.type == "cpu":
+            return attention_cpu.paged_attention, "C++"
+        from serve_kernels import attention_triton
+
+        return attention_triton.paged_attention, "Triton"
     if kind == "eager":
         return attention.paged_attention_eager, "eager"
     return attention.paged_attention_sdpa, "packed SDPA" + (f" (no kernel: {problem})" if kind == "auto" else "")
 
 
-def triton_attention() -> Callable[..., Tensor]:
-    """Return the kernel for CUDA. Raises APIError 400 where it cannot run. Not what `auto` chooses before it was measured."""
+def triton_problem(device: torch.device) -> str | None:
+    """Return why our kernels for CUDA cannot run, or None."""
+    if device.type != "cuda":
+        return f"triton is for CUDA, not for {device.type}"
     try:
         from serve_kernels import attention_triton
-
-        problem = attention_triton.unavailable()
     except ImportError as error:
-        problem = str(error)
-    if problem:
-        raise APIError(400, f"--attn-implementation triton cannot run here: {problem}")
-    return attention_triton.paged_attention
+        return str(error)
+    return attention_triton.unavailable()
 
 
-def cache_bytes(config: Config, device: torch.device) -> int:
-    """Return the bytes for the KV cache: a size, or a fraction of what is free."""
-    free = available_memory(device)
-    if config.kv_cache_memory is None:
-        return min(4 * GIB, int(0.4 * free)) if device.type != "cuda" else int(0.9 * free)
-    return int(config.kv_cache_memory * free if config.kv_cache_memory <= 1 else config.kv_cache_memory)
+def flash_problem(device: torch.device) -> str | None:
+    """Return why flash-attn cannot run, or None."""
+    if device.type != "cuda":
+        return f"flash-attn is for CUDA, not for {device.type}"
+    try:
+        from serve_kernels import attention_flash  # noqa: F401
+    except ImportError as error:
+        return f"flash-attn is not installed ({error})"
+    return None
+
+
+def step_tokens(config: Config, device: torch.device) -> int:
+    """Return how many tokens one step computes at most."""
+    return config.max_batch_tokens or (256 if device.type == "cpu" else 8192)
+
+
+def cache_bytes(config: Config, device: torch.device, peak: int = 0) -> int:
+    """Return the bytes for the KV cache: a size, or a fraction of what is free where the largest step takes `peak`."""
+    free = available_memory(device) - peak
+    if config.kv_cache_memory is not None:
+        return int(config.kv_cache_memory * free if config.kv_cache_memory <= 1 else config.kv_cache_memory)
+    if device.type == "cuda":
+        return free - torch.cuda.mem_get_info(device)[1] // 10
+    return min(4 * GIB, int(0.4 * free))
+
+
+def step_peaks(runner: PagedRunner, tokens: int) -> dict[torch.device, int]:
+    """Return the bytes that the largest step takes on each GPU, beside weights and cache; the cache is left small."""
+    devices = [device for device in runner.block_bytes if device.type == "cuda"]
+    if not devices:
+        return {}
+    longest = min(tokens, runner.model.max_model_len)
+    lengths = [min(longest, MAX_SCORED), *[longest] * (tokens // longest)]
+    runner.resize(1 + sum(-(-max(64, length) // runner.block_size) for length in lengths))
+    first, *others = scratch_sequences(runner, *lengths)
+    first.sampling = SamplingParams(score_prompt=True, logprobs=0)  # as many logits as there ever are
+    before = {device: torch.cuda.memory_allocated(device) for device in devices}
+    for device in devices:
+        torch.cuda.reset_peak_memory_stats(device)
+    advance(runner, dict(zip((first, *others), lengths)))
+    peaks = {device: torch.cuda.max_memory_allocated(device) - before[device] for device in devices}
+    runner.resize(2)
+    torch.cuda.empty_cache()
+    return peaks
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -1677,19 +1898,19 @@ def tensor_bytes(value: Any, seen: set[int]) -> int:
 
 
 def scratch_sequences(runner: PagedRunner, *lengths: int) -> list[Sequence]:
-    """Return sequences of random tokens, at most 64 each and 4 in number, in blocks of a cache that nobody uses yet."""
+    """Return sequences of random tokens, in blocks of a cache that nobody uses yet: it has room for 4 of up to 64."""
     pool, generator = BlockPool(runner.num_blocks, runner.block_size), torch.Generator().manual_seed(0)
     sequences = []
     for length in lengths:
         ids = torch.randint(runner.model.vocab_size, (length,), generator=generator).tolist()
-        blocks = pool.allocate(pool.blocks_for(64))
+        blocks = pool.allocate(pool.blocks_for(max(64, length)))
         sequences.append(Sequence(ids, length, SamplingParams(), 0, b"", None, 0, block_table=blocks))
     return sequences
 
 
 def advance(runner: PagedRunner, batch: Batch) -> Tensor:
     """Run a batch outside of the engine; return its logits [samples, vocab]."""
-    logits = runner.forward(batch)
+    logits = runner.forward(runner.lay_out(batch))
     for seq, count in batch.items():
         seq.num_computed_tokens += count
     return logits
@@ -1703,21 +1924,22 @@ def advance(runner: PagedRunner, batch: Batch) -> Tensor:
 class PatchedLayers(torch.nn.Module):
     """Stands where the first of a run of decoder layers stood, and runs all their fused twins on the step's batch at once."""
 
-    def __init__(self, fused: list[decoder_layer_cpu.FusedLayer], layers: list[int], returns_tuple: bool) -> None:
+    def __init__(self, kernels: types.ModuleType, fused: list[torch.nn.Module], layers: list[int], returns_tuple: bool) -> None:
         super().__init__()
-        self.fused, self.layers, self.returns_tuple = decoder_layer_cpu.FusedLayers(fused), layers, returns_tuple
+        self.kernels, self.fused, self.layers, self.returns_tuple = kernels, kernels.FusedLayers(fused), layers, returns_tuple
         self.caches: dict[int, tuple[Tensor, Tensor]] | None = None  # those that the layers are bound to
 
     def forward(self, hidden_states: Tensor, *_: Any, position_embeddings: tuple[Tensor, Tensor], **__: Any) -> Any:
         """hidden_states [1, tokens, hidden]; position_embeddings: cos and sin [1, tokens, rotary_dim]."""
         runner, (cos, sin) = _step.runner, position_embeddings
+        runner.in_layers()
         if self.caches is not runner.caches:
             self.caches = runner.caches
             for fused, layer in zip(self.fused.layers, self.layers):
                 fused.bind(*self.caches[layer], **runner.options[layer])
         batch = runner.batch
         out = self.fused(hidden_states[0], cos[0], sin[0], batch.slot_mapping, batch.block_tables, batch.cu_seqlens_q,
-                         batch.seq_lens).unsqueeze(0)
+                         batch.seq_lens, **runner.hints(batch)).unsqueeze(0)
         return (out,) if self.returns_tuple else out
 
 
@@ -1732,9 +1954,20 @@ class PassedLayer(torch.nn.Module):
         return (hidden_states,) if self.returns_tuple else hidden_states
 
 
+def layer_kernels(runner: PagedRunner) -> types.ModuleType | None:
+    """Return the module with the fused layer that goes with a runner's attention, if there is one."""
+    if runner.attention is attention_cpu.paged_attention:
+        return None if decoder_layer_cpu.unavailable() else decoder_layer_cpu
+    if not runner.takes_hints or len(runner.block_bytes) > 1:  # a model that is spread moves between its layers
+        return None
+    from serve_kernels import decoder_layer_triton
+
+    return decoder_layer_triton
+
+
 def fuse_layers(runner: PagedRunner) -> None:
     """Replace the decoder layers whose fused twin agrees with them, at a prompt's shape and at a decode's; log which."""
-    if runner.attention is not attention_cpu.paged_attention or decoder_layer_cpu.unavailable():
+    if not (kernels := layer_kernels(runner)):
         return
     prompt, one, two = scratch_sequences(runner, 40, 21, 8)
     advance(runner, {one: 20, two: 7})
@@ -1743,10 +1976,9 @@ def fuse_layers(runner: PagedRunner) -> None:
     left: Counter[str] = Counter()
 
     def try_layer(layer: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        problem = decoder_layer_cpu.unsupported(layer)
+        problem = kernels.unsupported(layer)
         if problem is None:
-            fused = decoder_layer_cpu.FusedLayer(layer)
-            patch = PatchedLayers([fused], [layer.self_attn.layer_idx], isinstance(output, tuple))
+            patch = PatchedLayers(kernels, [kernels.FusedLayer(layer)], [layer.self_attn.layer_idx], isinstance(output, tuple))
             problem = disagreement(runner, layer, patch, decodes, args, kwargs)
         if problem is None:
             replacements[layer] = patch
@@ -1759,7 +1991,7 @@ def fuse_layers(runner: PagedRunner) -> None:
 
     hooks = [module.register_forward_hook(try_layer, with_kwargs=True) for module in runner.model.network.modules()
              if getattr(getattr(module, "self_attn", None), "layer_idx", None) in runner.caches]
-    runner.forward({prompt: 40, **decodes})
+    runner.forward(runner.lay_out({prompt: 40, **decodes}))
     for hook in hooks:
         hook.remove()
     for parent in list(runner.model.network.modules()):
@@ -1773,7 +2005,7 @@ def disagreement(runner: PagedRunner, layer: torch.nn.Module, patch: PatchedLaye
                  kwargs: dict[str, Any]) -> str | None:
     """Return how a patch differs from its layer, on the batch it was just called with and on its decodes alone, or None."""
     whole, tokens = runner.batch, runner.batch.slot_mapping.numel()
-    alone = ragged(decodes, runner.block_size, runner.model.device)
+    alone = runner.lay_out(decodes).to(runner.model.device)
 
     def last_rows(value: Any) -> Any:  # of whatever has one row per token
         if isinstance(value, tuple):
@@ -1806,7 +2038,10 @@ def patch_list(layers: torch.nn.ModuleList, replacements: dict[torch.nn.Module, 
         first, *others = run
         patches = [replacements[originals[i]] for i in (first, *others)]
         fused, indices = [patch.fused.layers[0] for patch in patches], [patch.layers[0] for patch in patches]
-        layers[first] = PatchedLayers(fused, indices, passes)
+        layers[first] = PatchedLayers(patches[0].kernels, fused, indices, passes)
+        if len(others) == len(originals) - 1:  # to pass one takes longer than some kernels
+            del layers[1:]
+            return
         for i in others:
             layers[i] = PassedLayer(passes)
 
@@ -1824,7 +2059,12 @@ def make_runner(model: Model, kernel: Callable[..., Tensor], config: Config) -> 
     """
     runner = PagedRunner(model, kernel, config.block_size)
     useful = 1 + config.max_running * -(-model.max_model_len // config.block_size)
-    if (problem := self_test(runner)) is not None:
+    problem = self_test(runner)
+    if problem and config.attention == "auto" and runner.takes_hints:
+        log.warning("%s: packed SDPA, since our attention fails its self-test (%s)", model.id, problem)
+        runner = PagedRunner(model, attention.paged_attention_sdpa, config.block_size)
+        problem = self_test(runner)
+    if problem is not None:
         log.warning("%s: no paged attention (%s); each sequence keeps a cache of its own", model.id, problem)
         runner = SequentialRunner(model)
         if (problem := sequential_self_test(runner)) is not None:
@@ -1832,19 +2072,21 @@ def make_runner(model: Model, kernel: Callable[..., Tensor], config: Config) -> 
         block_bytes = max(1, runner.token_bytes) * config.block_size  # here blocks only count tokens
         return runner, min(useful, max(2, cache_bytes(config, model.device) // block_bytes))
     samples = {seq: len(seq.token_ids) for seq in scratch_sequences(runner, 40) + sight_sequences(runner)}
-    before = runner.forward(samples)
+    before = runner.forward(runner.lay_out(samples))
     if not model.adapters and all(len(layers) == 1 for layers in runner.embedded.values()):  # these stand inside the layers
         fuse_layers(runner)
     if model.device.type == "cpu" and not model.adapters:
         linear_cpu.pack_linears(model.network)
     runner.embedded.clear()
     runner.watch_states()
-    after = runner.forward(samples)  # what was patched and packed, together, once
+    after = runner.forward(runner.lay_out(samples))  # what was patched and packed, together, once
     if not (difference := relative_error(after, before)) < 0.1:
         raise APIError(400, f"The model {model.id!r} cannot be run: fused, its logits differ by {difference:.1e}",
                        "model_not_supported", "model")
+    peaks = step_peaks(runner, step_tokens(config, model.device))
     num_blocks, memory, memory_left, size = min(
-        (cache_bytes(config, device) // size, cache_bytes(config, device), available_memory(device), size)
+        (cache_bytes(config, device, peaks.get(device, 0)) // size, cache_bytes(config, device, peaks.get(device, 0)),
+         available_memory(device), size)
         for device, size in runner.block_bytes.items())  # on the device that has room for the fewest
     num_blocks = min(useful, max(2, num_blocks))
     if num_blocks * size > memory_left:
@@ -1853,7 +2095,21 @@ def make_runner(model: Model, kernel: Callable[..., Tensor], config: Config) -> 
         raise APIError(400, f"{memory} bytes are too few for a KV cache: raise --kv-cache-memory", "no_memory")
     runner.resize(num_blocks)
     log.info("%s: %d blocks of %d tokens", model.id, runner.num_blocks, config.block_size)
+    if runner.takes_hints and not model.adapters and len(runner.block_bytes) == 1:
+        capture_graphs(runner, config.max_running)
     return runner, runner.num_blocks
+
+
+def capture_graphs(runner: PagedRunner, max_running: int) -> None:
+    """Capture decode steps as CUDA graphs; a model that cannot be captured runs without."""
+    try:
+        runner.capture_decodes(max_running)
+        log.info("%s: decode steps of up to %d sequences are CUDA graphs", runner.model.id, max(runner.graphs))
+    except Exception as error:  # whatever a model's own code and CUDA make of it
+        runner.graphs = {}
+        log.warning("%s: no CUDA graphs (%s)", runner.model.id, (str(error) or type(error).__name__).splitlines()[0])
+    finally:
+        _step.runner = None
 
 
 # ── Sampling ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1863,15 +2119,45 @@ def make_runner(model: Model, kernel: Callable[..., Tensor], config: Config) -> 
 COLDEST = 1e-5  # a lower temperature is greedy: scores divided by it would overflow
 
 
-def sample(logits: Tensor, sequences: list[Sequence]) -> list[Token]:
-    """Choose one token per row of raw logits [rows, vocab]; with log-probabilities of the raw logits where wanted."""
-    if not sequences:
-        return []
+def needs_tokens(seq: Sequence) -> bool:
+    """Return whether a sequence's next tokens, or what it is told of them, depend on more than logits and its seed."""
+    params = seq.sampling
+    return bool(seq.matcher or params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
+                or params.logprobs is not None or seq.num_tokens - seq.num_prompt_tokens < params.min_tokens)
+
+
+def draw_points(sequences: list[Sequence]) -> list[float]:
+    """Return the number in [0, 1) by which each sequence draws its next token."""
+    return [uniform(seq.seed, seq.num_tokens - seq.num_prompt_tokens) if seq.sampling.temperature >= COLDEST else 0.0
+            for seq in sequences]
+
+
+def sample(logits: Tensor, sequences: list[Sequence], points: list[float], chosen: Tensor | None = None) -> Tensor:
+    """Choose one token per row of raw logits [rows, vocab]; return their ids [rows]. A graph may have `chosen` already."""
     scores = adjust(logits, sequences)
+    if chosen is not None and scores is logits:
+        return chosen[:len(sequences)]
+    if sequences and triton_problem(scores.device) is None:
+        sampling = torch.frombuffer(columns(sequences, points, len(sequences)), dtype=torch.float64).view(-1, 5)
+        return choose_on_gpu(scores, sampling.pin_memory().to(scores.device, non_blocking=True))
     chosen = argmax(scores)
     if hot := [i for i, seq in enumerate(sequences) if seq.sampling.temperature >= COLDEST]:
-        chosen[hot] = draw(scores[hot].float(), [sequences[i] for i in hot])  # draw works in place, on a copy
-    ids = chosen.tolist()
+        params, at = [sequences[i].sampling for i in hot], [points[i] for i in hot]
+        chosen[hot] = draw(scores[hot].float(), params, at)  # draw works in place, on a copy
+    return chosen
+
+
+def on_its_way(chosen: Tensor) -> Callable[[], list[int]]:
+    """Start copying tokens to the host; return what waits for them and returns them."""
+    if chosen.device.type != "cuda":
+        return chosen.tolist
+    host, arrived = chosen.to("cpu", non_blocking=True), torch.cuda.Event()
+    arrived.record()
+    return lambda: (arrived.synchronize(), host.tolist())[1]
+
+
+def tokens_of(ids: list[int], logits: Tensor, sequences: list[Sequence]) -> list[Token]:
+    """Return the chosen tokens, with log-probabilities under raw logits [rows, vocab] where wanted."""
     tokens = [Token(id) for id in ids]
     if wanted := [i for i, seq in enumerate(sequences) if seq.sampling.logprobs is not None]:
         for i, token in zip(wanted, with_logprobs(logits[wanted], [ids[i] for i in wanted], [sequences[i] for i in wanted])):
@@ -1936,22 +2222,20 @@ def argmax(scores: Tensor) -> Tensor:
     return tile * width + tiles[torch.arange(len(tile), device=tile.device), tile].max(-1).indices
 
 
-def draw(scores: Tensor, sequences: list[Sequence]) -> Tensor:
+def draw(scores: Tensor, params: list[SamplingParams], points: list[float]) -> Tensor:
     """Draw one token per row [rows] from scores [rows, vocab] under temperature, top-k, top-p and min-p, in that order.
 
     Only scores are cut off, never positions, so that equal scores are kept or dropped together, and the draw goes through
     the vocabulary in its own order: a row's choice is a function of its scores, its seed and its position.
     """
     column = functools.partial(torch.tensor, device=scores.device)
-    params = [seq.sampling for seq in sequences]
     scores /= column([p.temperature for p in params])[:, None]
     if any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params):
         scores.masked_fill_(scores < cutoffs(scores, params)[:, None], -math.inf)
     best = scores.max(-1)
     cumulative = scores.sub_(best.values[:, None]).exp_().cumsum(-1, dtype=torch.float64)
-    points = column([uniform(seq.seed, seq.num_generated_tokens) for seq in sequences], dtype=torch.float64)
-    points = points[:, None] * cumulative[:, -1:]
-    chosen = torch.searchsorted(cumulative, points, right=True)[:, 0]
+    targets = column(points, dtype=torch.float64)[:, None] * cumulative[:, -1:]
+    chosen = torch.searchsorted(cumulative, targets, right=True)[:, 0]
     return torch.where(chosen < scores.shape[-1], chosen, best.indices)  # where rounding pushed a point past the end
 
 
@@ -2244,25 +2528,49 @@ class EngineThread:
 
     def __init__(self, num_threads: int | None) -> None:
         self.jobs: queue.SimpleQueue = queue.SimpleQueue()
-        self.token = trio.lowlevel.current_trio_token()
         threading.Thread(target=self.work, args=(num_threads,), name="engine", daemon=True).start()
 
     def work(self, num_threads: int | None) -> None:
         torch.set_num_threads(num_threads or torch.get_num_threads())
         with torch.inference_mode():
             while True:
-                function, task = self.jobs.get()
-                result = outcome.capture(function)
+                function = self.jobs.get()
                 try:
-                    self.token.run_sync_soon(trio.lowlevel.reschedule, task, result)
-                except trio.RunFinishedError:
+                    function()
+                except trio.RunFinishedError:  # nobody is there to be told
                     return
-                del function, task, result  # a dropped model's memory must not hang on here until the next job
+                del function  # a dropped model's memory must not hang on here until the next job
 
-    async def __call__(self, function: Callable[[], Any]) -> Any:
-        """Run a function on the thread and return what it returns; a forward pass cannot be cancelled."""
-        self.jobs.put((function, trio.lowlevel.current_task()))
-        return await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
+    def __call__(self, function: Callable[[], None]) -> None:
+        """Run a function on the thread, after those before it. It must see to its own errors."""
+        self.jobs.put(function)
+
+    async def run(self, function: Callable[[], Any]) -> Any:
+        """Return what a function returns on the thread, or raise what it raises."""
+        done, soon, results = trio.Event(), trio.lowlevel.current_trio_token().run_sync_soon, []
+
+        def work() -> None:
+            results.append(outcome.capture(function))
+            soon(done.set)
+
+        self(work)
+        with trio.CancelScope(shield=True):  # nothing there can be cancelled
+            await done.wait()
+        return results[0].unwrap()
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """A batch on its way through the engine's thread."""
+
+    batch: Batch
+    receivers: list[Sequence]  # who gets a token
+    points: list[float]  # by which they draw it
+    inputs: Any  # the batch as the runner takes it
+    overlaps: bool  # the next step can be scheduled, and begin, before anybody reads this one's tokens
+    computed: outcome.Outcome | None = None  # what waits for the results and returns them
+    results: outcome.Outcome | None = None  # each receiver's token, and the scored tokens of prompts
+    done: trio.Event = field(default_factory=trio.Event)  # the results are there
 
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0)
@@ -2383,6 +2691,7 @@ class Engine:
         self.seeds = random.Random(config.default_seed)
         self.work = trio.Event()
         self.news: list[TokenStream] = []  # whose tasks are to be woken
+        self.ahead: Step | None = None  # on its way already, while the step before it was delivered
         self.stopped = False
         self.last_used = time.monotonic()
 
@@ -2404,8 +2713,11 @@ class Engine:
         for prompt, i in itertools.product(prompts, range(n)):
             self.check_length(prompt)
             seed = self.seeds.getrandbits(64) if sampling.seed is None else sampling.seed + i
-            stream.sequences.append(Sequence(list(prompt.token_ids), len(prompt.token_ids), sampling, seed, prompt.salt, stream,
-                                             len(stream.sequences), matcher=sampling.grammar and sampling.grammar.deep_copy(),
+            length = len(prompt.token_ids)
+            longest = self.max_len if sampling.max_tokens is None else min(self.max_len, length + sampling.max_tokens)
+            stream.sequences.append(Sequence(list(prompt.token_ids), length, sampling, seed, prompt.salt, stream,
+                                             len(stream.sequences), longest,
+                                             matcher=sampling.grammar and sampling.grammar.deep_copy(),
                                              media=prompt.media))
         if len(stream.sequences) > self.max_queue:
             raise APIError(400, f"One request can have at most {self.max_queue} answers here.", "invalid_value", "n")
@@ -2464,59 +2776,123 @@ class Engine:
             self.news.pop().changed.set()
 
     async def step(self) -> None:
-        """Move every running sequence on: drop who left, schedule, run, deliver."""
-        self.scheduler.drop_ended()
-        if batch := self.scheduler.schedule():
-            await self.run_batch(batch)
+        """Move every running sequence on: drop who left, schedule, run, deliver.
 
-    async def run_batch(self, batch: Batch) -> None:
-        """Run a batch and deliver its tokens. If it fails, so do those sequences alone that fail by themselves.
+        Where it can be, the next step is under way when this one's tokens are delivered.
+        """
+        if step := self.ahead or self.launch():
+            self.ahead = self.launch(step) if step.overlaps else None
+            await self.finish(step)
+
+    def launch(self, before: Step | None = None) -> Step | None:
+        """Schedule a step and start it; `before` is one that is on its way already."""
+        if before:
+            self.scheduler.advance(before.batch)
+        self.scheduler.drop_ended()
+        batch = self.scheduler.schedule()
+        return self.start(batch, before) if batch else None
+
+    def start(self, batch: Batch, before: Step | None = None, may_overlap: bool = True) -> Step:
+        """Have the engine's thread run a batch."""
+        receivers = sampled(batch)
+        decodes = len(receivers) == len(batch) == sum(batch.values())
+        points = draw_points(receivers)
+        step = Step(batch, receivers, points, self.runner.lay_out(batch, points),
+                    may_overlap and decodes and self.runner.paged and not any(map(needs_tokens, receivers)))
+        for row, seq in enumerate(receivers):
+            seq.row = row
+        self.thread(functools.partial(self.compute, step, before, trio.lowlevel.current_trio_token().run_sync_soon))
+        return step
+
+    async def finish(self, step: Step) -> None:
+        """Wait for a step's tokens and deliver them. If it failed, so do those sequences alone that fail by themselves.
 
         Raises what a token of nothing raises after that: then there is no engine left, and the process ends.
         """
-        receivers = sampled(batch)
-        soon = trio.lowlevel.current_trio_token().run_sync_soon
+        await self.wait(step, self.ahead)
         try:
-            tokens, scores = await self.thread(functools.partial(self.compute, batch, receivers, soon))
+            tokens, scores = step.results.unwrap()
         except Exception as error:
-            log.error("%s: a step of %d sequences failed: %r", self.model.id, len(batch), error, exc_info=len(batch) == 1)
+            log.error("%s: a step of %d sequences failed: %r", self.model.id, len(step.batch), error,
+                      exc_info=len(step.batch) == 1)
             failure = step_error(error)
         else:
-            self.deliver_scores(scores)
-            self.deliver(batch, receivers, tokens)
+            if not step.overlaps:
+                self.deliver_scores(scores)
+                self.scheduler.advance(step.batch)
+            self.deliver(step.receivers, tokens)
+            if self.ahead:
+                self.tell()
             return
-        await self.retry(batch, failure)  # not amid the handling: the error's frames hold the tensors of the step
+        step.computed = step.results = None  # the error's frames hold the tensors of the step
+        await self.retry(step, failure)
 
-    async def retry(self, batch: Batch, failure: APIError) -> None:
+    async def wait(self, step: Step, ahead: Step | None = None) -> None:
+        """Wait for a step's results, which the step after it hands over, if there is one."""
+        if not ahead:
+            self.thread(functools.partial(self.hand_over, step, trio.lowlevel.current_trio_token().run_sync_soon))
+        with trio.CancelScope(shield=True):  # a forward pass cannot be cancelled
+            await step.done.wait()
+
+    async def retry(self, step: Step, failure: APIError) -> None:
         """Run the halves of a batch that failed, one after the other; a sequence alone has failed."""
+        if step.overlaps:
+            self.scheduler.take_back(step.batch, step.receivers)
+        if ahead := self.ahead:  # it went on from tokens that there are not
+            self.ahead = None
+            await self.wait(ahead)
+            for seq in ahead.batch:
+                self.scheduler.spoil(seq)
+        batch = list(step.batch)
         for seq in batch:
             seq.cache = None  # it may have gone ahead of the sequence
         if len(batch) > 1:
             middle = len(batch) // 2
-            for half in (list(batch)[:middle], list(batch)[middle:]):
-                if left := {seq: batch[seq] for seq in half if seq.block_table}:  # not preempted for what it shares
-                    await self.run_batch(left)
-            return
-        [seq] = batch
-        self.scheduler.spoil(seq)
-        seq.error, seq.finish_reason = failure, "error"
-        seq.stream.tell(seq)
-        probe = Sequence([0], 1, SamplingParams(), 0, b"", None, 0, block_table=[0])  # in the block that nobody reads
-        await self.thread(functools.partial(self.compute, {probe: 1}, [probe], lambda _: None))
+            for half in (batch[:middle], batch[middle:]):
+                if left := {seq: step.batch[seq] for seq in half if seq.block_table}:  # not preempted for what it shares
+                    await self.finish(self.start(left, may_overlap=False))
+        elif batch[0].block_table:
+            [seq] = batch
+            self.scheduler.spoil(seq)
+            seq.error, seq.finish_reason = failure, "error"
+            seq.stream.tell(seq)
+            nothing = Sequence([0], 1, SamplingParams(), 0, b"", None, 0, block_table=[0])  # in the block that nobody reads
+            probe = self.start({nothing: 1})
+            await self.wait(probe)
+            probe.results.unwrap()
 
-    def compute(self, batch: Batch, receivers: list[Sequence],
-                soon: Callable[..., None]) -> tuple[list[Token], dict[Sequence, list[Token]]]:
-        """Run the batch, and return the token that each receiver gets and the scored tokens of prompts.
+    def compute(self, step: Step, before: Step | None, soon: Callable[..., None]) -> None:
+        """Run a step, on the engine's thread, up to the choice of its tokens.
 
-        What the last step brought is told now, so that the requests' tasks work while this one computes: before it, the
-        engine's thread would wait for the interpreter until all of them are done.
+        What the step before brought is told when this one's layers compute: until then, the engine's thread would wait for
+        the interpreter until all the requests' tasks are done.
         """
-        soon(self.tell)
-        logits = self.runner.forward(batch)
-        for row, seq in enumerate(receivers):
+        step.computed = outcome.capture(self.run_step, step, functools.partial(self.hand_over, before, soon))
+        if before and before.results is None:  # this one failed before it came to its layers
+            self.hand_over(before, soon)
+
+    def run_step(self, step: Step, meanwhile: Callable[[], None]) -> Callable[[], tuple]:
+        """Return what waits for a step's results: the token that each receiver gets and the scored tokens of prompts."""
+        logits, count = self.runner.forward(step.inputs, meanwhile), len(step.receivers)
+        for row, seq in enumerate(step.receivers):
             if seq.sampling.embed:
                 seq.embedding = self.runner.last_state(row)
-        return sample(logits[:len(receivers)], receivers), score(logits[len(receivers):], batch)
+        chosen = sample(logits[:count], step.receivers, step.points, self.runner.chosen)
+        if step.overlaps:
+            self.runner.keep(chosen)
+        ids = on_its_way(chosen)
+        return lambda: (tokens_of(ids(), logits[:count], step.receivers), score(logits[count:], step.batch))
+
+    def hand_over(self, step: Step | None, soon: Callable[..., None]) -> None:
+        """Give a step's results to the trio thread, and let that thread tell its news."""
+        if step:
+            step.results = outcome.capture(lambda: step.computed.unwrap()())
+        soon(self.take_over, step)
+
+    def take_over(self, step: Step | None) -> None:
+        self.tell()
+        if step:
+            step.done.set()
 
     def deliver_scores(self, scores: dict[Sequence, list[Token]]) -> None:
         """Add to each sequence's scores, even if it has left: others may share them."""
@@ -2524,12 +2900,11 @@ class Engine:
             for position, token in enumerate(tokens, seq.num_computed_tokens + 1):
                 seq.scores[position // self.scheduler.pool.block_size].append(token)
 
-    def deliver(self, batch: Batch, receivers: list[Sequence], tokens: list[Token]) -> None:
+    def deliver(self, receivers: list[Sequence], tokens: list[Token]) -> None:
         """Give each sequence its token, see whether that was its last, and wake the request's task."""
-        for seq, count in batch.items():
-            seq.num_computed_tokens += count
         now = time.monotonic()
         for seq, token in zip(receivers, tokens, strict=True):
+            seq.num_pending_tokens -= 1
             if not seq.ended:
                 self.metrics.count_token(seq, now)
                 if seq.sampling.max_tokens != 0:  # nothing but scores are wanted
@@ -2546,8 +2921,7 @@ class Engine:
             return "error"
         if token.id in seq.sampling.stop_token_ids and seq.num_generated_tokens or seq.matcher and seq.matcher.is_stopped():
             return "stop"
-        full = seq.num_generated_tokens == seq.sampling.max_tokens or len(seq.token_ids) >= self.max_len
-        return "length" if full else None
+        return "length" if len(seq.token_ids) >= seq.max_tokens else None
 
 
 def step_error(error: Exception) -> APIError:
@@ -2909,24 +3283,26 @@ class ModelPool:
         """Load a checkpoint and everything that runs it. Takes seconds: not for the trio thread."""
         torch.set_num_threads(self.num_threads)
         kernel, name = choose_attention(self.config.attention, torch.device(self.config.device))
+        block_size = self.config.block_size if name != "flash-attn" else -(-self.config.block_size // 256) * 256
         model = load_model(loaded.name, checkpoint, self.config, loaded.name == self.default,
                            functools.partial(setattr, loaded, "stage"))
-        budget = self.config.max_batch_tokens or (256 if model.device.type == "cpu" else 8192)
+        budget = step_tokens(self.config, model.device)
         if model.kind != "text":
             if model.device.type == "cpu":
                 linear_cpu.pack_linears(model.network)
             aside = functools.partial(beside, self.num_threads)
-            on = (aside, MAX_WINDOWS) if model.kind == "speech" else (self.thread, budget)
+            on = (aside, MAX_WINDOWS) if model.kind == "speech" else (self.thread.run, budget)
             return BatchEngine(model, *on, self.config.max_queue)
-        runner, num_blocks = make_runner(model, kernel, self.config)
+        runner, num_blocks = make_runner(model, kernel, replace(self.config, block_size=block_size))
         for module in model.network.modules():
             module.__dict__.pop("grouped", None)  # whoever could take the codes has packed them
         return_memory()
         if runner.paged:
             k_cache, v_cache = next(iter(runner.caches.values()))
             unfit = kernel is attention_cpu.paged_attention and attention_cpu.unsupported(k_cache[0], v_cache[0], k_cache)
+            unfit = unfit or runner.attention is not kernel and "it failed its self-test"
             log.info("%s: %s attention", loaded.name, f"packed SDPA ({unfit})" if unfit else name)
-        scheduler = Scheduler(BlockPool(num_blocks, self.config.block_size), budget,
+        scheduler = Scheduler(BlockPool(num_blocks, block_size), budget,
                               self.config.max_running if self.config.continuous_batching else 1, paged=runner.paged)
         engine = Engine(model, runner, scheduler, self.thread, self.config)
         engine.grammars.prepare()

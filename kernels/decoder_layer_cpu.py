@@ -226,12 +226,12 @@ def _epsilon(norm: nn.Module) -> float:
 
 
 @torch.no_grad()
-def _norm_style(norm: nn.Module) -> str | None:
-    """Return "plain" or "plus one" by what the norm computes, or None where it is neither RMSNorm."""
+def _norm_style(norm: nn.Module, dtype: torch.dtype = torch.bfloat16) -> str | None:
+    """Return "plain" or "plus one" by what the norm computes, or None where it is neither RMSNorm in that dtype."""
     weight = getattr(norm, "weight", None)
-    if weight is None or weight.dtype != torch.bfloat16:
+    if weight is None or weight.dtype != dtype:
         return None
-    x = torch.randn(4, weight.numel(), generator=torch.Generator().manual_seed(0)).bfloat16()
+    x = torch.randn(4, weight.numel(), generator=torch.Generator().manual_seed(0)).to(weight)
     normed = F.rms_norm(x.float(), x.shape[1:], eps=_epsilon(norm))
     for style, want in (("plain", normed * weight.float()), ("plus one", normed * (1 + weight.float()))):
         if torch.allclose(norm(x).float(), want, rtol=0.02, atol=1e-3):

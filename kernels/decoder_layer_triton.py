@@ -1,4 +1,4 @@
-"""What a decoder layer does between its matrix products and its attention, in Triton: one pass over memory each.
+"""A run of Llama-shaped decoder layers: torch's matrix products, and in Triton what is between them, one pass over memory each.
 
     rms_norm        x / rms(x) * weight, or * (1 + weight) as Gemma has it; rms(x) = sqrt(mean(x²) + epsilon)
     add_rms_norm    the sum of a block's output and the residual stream, and its norm
@@ -12,17 +12,19 @@
     caches, slots    as in attention.py
     gate, up         [tokens, intermediate]: rows may lie apart
 
-Arithmetic is in float32, rounded to the inputs' dtype where transformers rounds it.
+Arithmetic is in float32, rounded to the inputs' dtype where transformers rounds it. `unsupported` reads a layer's modules,
+not its forward: the caller compares results with the original's before it trusts the fused layer.
 """
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 
 if __name__ == "__main__":  # run as a file: stand where serve.py puts this folder
     import sys
@@ -33,6 +35,8 @@ if __name__ == "__main__":  # run as a file: stand where serve.py puts this fold
     __package__ = "serve_kernels"
 
 from .attention import write_kv
+from .attention_triton import attend
+from .decoder_layer_cpu import _activation, _epsilon, _is_plain, _norm_style
 
 
 def rms_norm_eager(x: Tensor, weight: Tensor, epsilon: float, plus_one: bool = False) -> Tensor:
@@ -265,6 +269,123 @@ def _launch_act_mul(gate: Tensor, up: Tensor, gelu: bool, tile: int = 2048) -> T
     (tokens, width), out = gate.shape, gate.new_empty(gate.shape)
     _act_mul[(tokens, triton.cdiv(width, tile))](gate, up, out, gate.stride(0), up.stride(0), width, tile, gelu)
     return out
+
+
+# ── Layers ────────────────────────────────────────────────────────────────────────────────────
+
+
+class Beside(nn.ModuleList):
+    """Projections of one input that cannot be one product: those of quantised weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs side by side."""
+        return torch.cat([linear(x) for linear in self], -1)
+
+
+def join(*linears: nn.Module) -> nn.Module:
+    """Return projections of one input as one, their outputs side by side."""
+    if any(type(linear) is not nn.Linear or (linear.bias is None) != (linears[0].bias is None) for linear in linears):
+        return Beside(linears)
+    joined = nn.Linear(linears[0].in_features, sum(linear.out_features for linear in linears), device="meta")
+    for name in ("weight", "bias"):
+        parts = [getattr(linear, name) for linear in linears]
+        value = None if parts[0] is None else nn.Parameter(torch.cat([part.data for part in parts]), requires_grad=False)
+        setattr(joined, name, value)
+    return joined
+
+
+class FusedLayer(nn.Module):
+    """A decoder layer's modules, its projections joined. Holds nothing of the original layer that it does not use."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        """Take over a layer for which `unsupported` returned None."""
+        super().__init__()
+        attention = layer.self_attn
+        self.qkv, self.o = join(attention.q_proj, attention.k_proj, attention.v_proj), attention.o_proj
+        self.input_norm, self.post_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self.head_dim = attention.head_dim
+        heads = [linear.out_features // self.head_dim for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        self.heads = heads  # of q, k and v
+        self.plus_one = _norm_style(self.input_norm, self.input_norm.weight.dtype) == "plus one"
+        if _is_plain(layer.mlp):
+            self.gate_up, self.down = join(layer.mlp.gate_proj, layer.mlp.up_proj), layer.mlp.down_proj
+            self.act_mul = gelu_mul if _activation(layer.mlp.act_fn) == "gelu" else silu_mul
+        else:
+            self.own_mlp, self.gate_up = layer.mlp, None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What layers must have in common to be run together."""
+        return (self.input_norm.weight.numel(),)
+
+    def bind(self, k_cache: Tensor, v_cache: Tensor, **options: Any) -> None:
+        """Set what does not change from step to step: the caches [blocks, block_size, kv_heads, head_dim], the options."""
+        self.caches, self.options = (k_cache, v_cache), options
+
+    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, slot_mapping: Tensor, *batch: Tensor, **hints: int) -> Tensor:
+        """Return what the attention makes of normed x [tokens, hidden]."""
+        q, k, v = self.qkv(x).view(x.shape[0], -1, self.head_dim).split(self.heads, 1)
+        norms = () if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight, _epsilon(self.q_norm), self.plus_one)
+        q = rope_and_write(q, k, v, cos, sin, *self.caches, slot_mapping, *norms)
+        return self.o(attend(q, *self.caches, *batch, **self.options, **hints).flatten(1))
+
+    def feed(self, x: Tensor) -> Tensor:
+        """Return what the MLP makes of normed x [tokens, hidden]."""
+        if self.gate_up is not None:
+            return self.down(self.act_mul(*self.gate_up(x).chunk(2, -1)))
+        out = self.own_mlp(x[None])  # some return what their router thought as well
+        return (out[0] if isinstance(out, tuple) else out).view_as(x)
+
+
+class FusedLayers(nn.Module):
+    """Bound layers, each the next one's input: a layer's last sum and the next one's norm are one pass."""
+
+    def __init__(self, layers: list[FusedLayer]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, slot_mapping: Tensor, block_tables: Tensor, cu_seqlens_q: Tensor,
+        seq_lens: Tensor, **hints: int,
+    ) -> Tensor:
+        """Return what the last layer makes of x [tokens, hidden]; hints: `decodes` and `max_seq_len` of the attention."""
+        batch, rope = (slot_mapping, block_tables, cu_seqlens_q, seq_lens), (cos.contiguous(), sin.contiguous())
+        first, *others = self.layers
+        x, normed = x.contiguous(), rms_norm(x.contiguous(), *_norm(first.input_norm, first.plus_one))
+        for layer, following in zip(self.layers, [*others, None]):
+            out = layer.attend(normed, *rope, *batch, **hints)
+            x, normed = add_rms_norm(out, x, *_norm(layer.post_norm, layer.plus_one))
+            out = layer.feed(normed)
+            if following is None:
+                return x + out
+            x, normed = add_rms_norm(out, x, *_norm(following.input_norm, following.plus_one))
+
+
+def _norm(norm: nn.Module, plus_one: bool) -> tuple[Tensor, float, bool]:
+    return norm.weight, _epsilon(norm), plus_one
+
+
+def unsupported(layer: nn.Module) -> str | None:
+    """Return why a layer's modules do not fit, or None: then their results are still to be compared."""
+    try:
+        attention, mlp = layer.self_attn, layer.mlp
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        norms, head_dim = [layer.input_layernorm, layer.post_attention_layernorm], attention.head_dim
+        dtype = norms[0].weight.dtype
+    except AttributeError as error:
+        return f"not shaped like a Llama layer: {error}"
+    if head_dim > 256 or any(projection.out_features % head_dim for projection in projections[:3]):
+        return f"head size {head_dim}"
+    if {"pre_feedforward_layernorm", "post_feedforward_layernorm"} & {name for name, _ in layer.named_children()}:
+        return "it has norms after its blocks"
+    norms += [norm for name in ("q_norm", "k_norm") if (norm := getattr(attention, name, None)) is not None]
+    styles = {_norm_style(norm, dtype) for norm in norms}
+    if styles not in ({"plain"}, {"plus one"}):
+        return "its norms are not RMSNorm of one kind"
+    if any(norm.weight.numel() != head_dim for norm in norms[2:]):
+        return "q and k are not normed head by head"
+    return None if not _is_plain(mlp) or _activation(mlp.act_fn) else "its activation is neither SiLU nor tanh-GELU"
 
 
 def benchmark(tokens: int, hidden: int = 4096, heads: int = 32, kv_heads: int = 8, dim: int = 128, width: int = 14336) -> None:

@@ -46,7 +46,7 @@ extern "C" void linear(const Linear* layer, const bf16* x, bf16* out, int tokens
 // best [rows]: the first of each row's highest columns of x [rows, columns].
 extern "C" void argmax(const bf16* x, int64_t* best, int rows, int columns, int threads) {
   constexpr int TILE = 1024;
-#pragma omp parallel for num_threads(std::min(rows, threads))
+#pragma omp parallel for num_threads(std::min(rows, threads)) if (rows * int64_t(columns) > 1 << 20)  // to wake them takes longer
   for (int row = 0; row < rows; row++) {
     const bf16* from = x + size_t(row) * columns;
     float highest = -INFINITY;

@@ -1,5 +1,6 @@
 """The engine: answers depend on nothing but the request, whoever leaves frees everything, and text is whole characters."""
 import dataclasses
+import functools
 import gc
 import hashlib
 import random
@@ -13,6 +14,7 @@ import tokenizers
 import torch
 import transformers
 import trio
+import trio.testing
 from conftest import collect, running
 
 Params = serve.SamplingParams
@@ -27,17 +29,30 @@ class TokenCacheRunner:
     def __init__(self, max_model_len: int = 40) -> None:
         self.model = types.SimpleNamespace(id="fake", max_model_len=max_model_len, vocab_size=1000)
         self.cache: dict[int, int] = {}  # slot → token
+        self.last, self.chosen = torch.zeros(1), None
 
-    def forward(self, batch: serve.Batch) -> torch.Tensor:
+    def keep(self, chosen: torch.Tensor) -> None:
+        self.last = chosen
+
+    def lay_out(self, batch: serve.Batch, points: list[float]) -> list[tuple]:
+        """Return of each sequence the slots up to this step's end, the new tokens, and how many tokens are before each row."""
+        laid_out = []
+        for seq, count in batch.items():
+            end = seq.num_computed_tokens + count
+            slots = [seq.block_table[p // 4] * 4 + p % 4 for p in range(end)]
+            new = [seq.token_ids[p] if p < len(seq.token_ids) else ~seq.row for p in range(seq.num_computed_tokens, end)]
+            laid_out.append((slots, new, [end] * (seq in serve.sampled(batch)), list(seq.scored(count))))
+        return laid_out
+
+    def forward(self, batch: list[tuple], meanwhile: Callable[[], None]) -> torch.Tensor:
         """Return logits [samples, vocab]; every token is written before any is read."""
-        spans = {seq: [seq.block_table[p // 4] * 4 + p % 4 for p in range(seq.num_computed_tokens + count)]
-                 for seq, count in batch.items()}
-        for seq, slots in spans.items():
-            self.cache |= {slot: seq.token_ids[p] for p, slot in enumerate(slots) if p >= seq.num_computed_tokens}
-        rows = [next_token([self.cache[slot] for slot in spans[seq]]) for seq in serve.sampled(batch)]
-        rows += [next_token([self.cache[slot] for slot in spans[seq][:p]]) for seq, count in batch.items()
-                 for p in seq.scored(count)]
-        return torch.nn.functional.one_hot(torch.tensor(rows, dtype=torch.int64), self.vocab).float() * 9
+        meanwhile()
+        for slots, new, _, _ in batch:
+            self.cache |= {slot: id if id >= 0 else int(self.last[~id]) for slot, id in zip(slots[-len(new):], new)}
+        rows = [(slots, end) for slots, _, ends, _ in batch for end in ends]
+        rows += [(slots, p) for slots, _, _, scored in batch for p in scored]
+        ids = [next_token([self.cache[slot] for slot in slots[:end]]) for slots, end in rows]
+        return torch.nn.functional.one_hot(torch.tensor(ids, dtype=torch.int64), self.vocab).float() * 9
 
 
 def next_token(token_ids: list[int]) -> int:
@@ -53,9 +68,8 @@ def follow(prompt: list[int], length: int, stop: frozenset[int] = frozenset()) -
     return ids[len(prompt):]
 
 
-async def inline(function: Callable[[], object]) -> object:
-    await trio.lowlevel.checkpoint()
-    return function()
+def inline(function: Callable[[], None]) -> None:
+    function()
 
 
 def make_engine(num_blocks: int = 64, max_batch_tokens: int = 8, max_running: int = 8, thread=inline, max_model_len: int = 40,
@@ -145,7 +159,8 @@ async def test_sampled_answers_do_not_depend_on_company(exact: serve.Runner) -> 
 async def test_random_lives(seed: int) -> None:
     """Whatever comes, leaves, is preempted or shared, what is answered is right, and what is held is freed."""
     rng = random.Random(seed)
-    engine = make_engine(rng.randint(8, 24), rng.randint(1, 12), rng.randint(1, 6), max_model_len=28)
+    thread = serve.EngineThread(1) if seed % 2 else inline
+    engine = make_engine(rng.randint(8, 24), rng.randint(1, 12), rng.randint(1, 6), max_model_len=28, thread=thread)
     longest = engine.max_len
 
     async def live() -> None:
@@ -181,10 +196,126 @@ async def test_random_lives(seed: int) -> None:
             async with trio.open_nursery() as lives:
                 for _ in range(40):
                     lives.start_soon(live)
-            for _ in range(20):
-                await trio.lowlevel.checkpoint()
+            while not engine.scheduler.idle:
+                await trio.sleep(0.001)
             nursery.cancel_scope.cancel()
     assert_all_free(engine)
+
+
+# The next step is on its way when a step's tokens are delivered.
+
+
+def count_rows(engine: serve.Engine) -> list[int]:
+    """Return a list to which every step adds how many tokens it computes."""
+    counts, forward = [], engine.runner.forward
+    engine.runner.forward = lambda batch, meanwhile: (counts.append(sum(len(new) for _, new, _, _ in batch)),
+                                                      forward(batch, meanwhile))[1]
+    return counts
+
+
+async def test_an_end_that_is_foreseen_wastes_no_row() -> None:
+    engine = make_engine()
+    counts = count_rows(engine)
+    async with engine.submit([serve.Prompt([1, 2, 3])], Params(max_tokens=5)) as stream:
+        await engine.step()
+        for n in range(2, 6):
+            assert stream.sequences[0].num_generated_tokens == n - 1
+            await engine.step()
+    assert stream.sequences[0].finish_reason == "length" and counts == [3, 1, 1, 1, 1] and not engine.ahead
+
+
+async def test_finished_while_its_next_step_is_on_its_way() -> None:
+    engine = make_engine()
+    counts, answer = count_rows(engine), follow([1, 2, 3], 6)
+    params = Params(max_tokens=20, stop_token_ids=frozenset({answer[3]}))
+    async with engine.submit([serve.Prompt([1, 2, 3])], params) as stream:
+        for _ in range(4):
+            await engine.step()
+        (seq,) = stream.sequences
+        assert seq.finish_reason == "stop" and engine.ahead and seq.block_table
+        await engine.step()
+        assert (ids(seq.arrived), counts) == (answer[:4], [3, 1, 1, 1, 1])
+    assert_all_free(engine)
+
+
+async def test_blocks_of_who_left_are_written_by_the_next_owner_after_the_step_on_its_way() -> None:
+    engine = make_engine(num_blocks=4)  # 3 blocks of 4: there is room for one of them only
+    async with engine.submit([serve.Prompt(list(range(7)))], Params(max_tokens=5)) as leaver:
+        for _ in range(3):
+            await engine.step()
+        assert engine.ahead and len(leaver.sequences[0].block_table) == 3
+    async with engine.submit([serve.Prompt([9] * 9)], Params(max_tokens=3)) as stream:
+        for _ in range(6):
+            await engine.step()
+        assert ids(stream.sequences[0].arrived) == follow([9] * 9, 3)
+    await engine.step()
+    assert_all_free(engine)
+
+
+async def test_preempted_while_its_token_is_on_its_way() -> None:
+    engine = make_engine(num_blocks=5, max_batch_tokens=16)
+    prompts = [[1, 2, 3, 4, 5, 6, 7], [11, 12, 13, 14, 15, 16]]
+    old, young = (engine.submit([serve.Prompt(prompt)], Params(max_tokens=8)) for prompt in prompts)
+    async with old, young:
+        (seq,) = young.sequences
+        while seq not in engine.scheduler.waiting or not seq.token_ids[6:]:
+            await engine.step()
+        assert engine.ahead and seq not in engine.ahead.batch and seq.num_pending_tokens == 0 and not seq.block_table
+        while not (seq.finish_reason and old.sequences[0].finish_reason):
+            await engine.step()
+        assert [ids(stream.sequences[0].arrived) for stream in (old, young)] == [follow(prompt, 8) for prompt in prompts]
+    await engine.step()
+    assert_all_free(engine)
+
+
+@pytest.mark.parametrize("params, overlaps", [
+    (Params(), True), (Params(temperature=1.0, top_p=0.5, seed=3), True), (Params(logit_bias={7: 5.0}), True),
+    (Params(logprobs=0), False), (Params(repetition_penalty=1.1), False), (Params(presence_penalty=0.5), False),
+    (Params(min_tokens=9, stop_token_ids=frozenset({EOS})), False)], ids=str)
+async def test_who_is_computed_further_before_its_token_is_read(params: serve.SamplingParams, overlaps: bool) -> None:
+    engine = make_engine()
+    async with engine.submit([serve.Prompt([1, 2, 3])], params):
+        await engine.step()
+        assert not engine.ahead
+        for _ in range(3):
+            await engine.step()
+            assert bool(engine.ahead) == overlaps
+    await engine.step()
+    assert_all_free(engine)
+
+
+@pytest.mark.parametrize("params", [Params(temperature=1.0, seed=3), Params(temperature=1.5, seed=8, top_k=20)], ids=str)
+async def test_answers_are_the_same_ahead_or_not(params: serve.SamplingParams, exact: serve.Runner,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    async def answer() -> list[list[serve.Token]]:
+        async with running(exact) as engine:
+            return await collect(engine.submit(prompts(exact.model, 3), dataclasses.replace(params, max_tokens=8)))
+
+    ahead = await answer()
+    monkeypatch.setattr(serve, "needs_tokens", lambda seq: True)
+    assert await answer() == ahead
+
+
+async def test_a_block_that_a_pending_token_fills_is_shared_once_it_is_known() -> None:
+    engine = make_engine()
+    prompt = [1, 2, 3]
+    async with engine.submit([serve.Prompt(prompt)], Params(max_tokens=8)) as stream:
+        await engine.step()
+        await engine.step()  # the fourth token is computed, the step that computes the fifth is on its way
+        assert engine.ahead and engine.scheduler.pool.cached == {serve.block_hash(b"", stream.sequences[0].token_ids[:4]): 1}
+
+
+async def test_a_crash_amid_the_step_that_is_ahead() -> None:
+    """The step before it is delivered."""
+    engine = make_engine()
+    forwards = iter([engine.runner.forward] * 2)
+    engine.runner.forward = lambda *batch: next(forwards, lambda *_: 1 / 0)(*batch)
+    async with engine.submit([serve.Prompt([1, 2, 3])], Params(max_tokens=8)) as stream:
+        await engine.step()
+        await engine.step()
+        assert ids(stream.sequences[0].arrived) == follow([1, 2, 3], 2)
+        with pytest.raises(ZeroDivisionError):
+            await engine.step()
 
 
 async def test_answers_to_one_prompt_share_its_blocks() -> None:
@@ -228,19 +359,14 @@ async def test_leaving_while_others_hold_the_batch() -> None:
 
 
 async def test_leaving_during_the_forward_pass() -> None:
-    started, release = trio.Event(), trio.Event()
-
-    async def slow(function: Callable[[], object]) -> object:
-        started.set()
-        await release.wait()
-        return function()
-
-    engine = make_engine(thread=slow)
+    jobs = []
+    engine = make_engine(thread=jobs.append)
     async with trio.open_nursery() as nursery:
         async with engine.submit([serve.Prompt([1, 2, 3])], Params(max_tokens=5)) as stream:
             nursery.start_soon(engine.step)
-            await started.wait()
-        release.set()
+            await trio.testing.wait_all_tasks_blocked()
+        for job in jobs:
+            job()
     assert stream.sequences[0].arrived == []
     await engine.step()
     assert_all_free(engine)
@@ -344,7 +470,7 @@ async def test_nothing_but_scores() -> None:
 async def test_who_leaves_amid_a_step_still_scores_what_others_share() -> None:
     engine = make_engine(max_batch_tokens=100)
     prompt, params = serve.Prompt(list(range(11))), Params(max_tokens=1, logprobs=0, score_prompt=True)
-    engine.thread = lambda function: (leaver.__setattr__("closed", True), inline(function))[1]
+    engine.thread = lambda function: (leaver.__setattr__("closed", True), function())
     async with engine.submit([prompt], params) as leaver, engine.submit([prompt], params) as stayer:
         await engine.step()
     assert stayer.sequences[0].num_shared_tokens == 8
@@ -464,13 +590,12 @@ async def test_seeds() -> None:
 
 
 async def test_the_thread() -> None:
-    thread = serve.EngineThread(1)
-    seen = [await thread(lambda: (torch.is_inference_mode_enabled(), torch.get_num_threads(), trio.lowlevel.in_trio_run()))
-            for _ in range(2)]
+    thread, done, seen = serve.EngineThread(1), trio.Event(), []
+    for _ in range(2):
+        thread(lambda: seen.append((torch.is_inference_mode_enabled(), torch.get_num_threads(), trio.lowlevel.in_trio_run())))
+    thread(functools.partial(trio.lowlevel.current_trio_token().run_sync_soon, done.set))
+    await done.wait()
     assert seen == [(True, 1, False)] * 2
-    with pytest.raises(ZeroDivisionError):
-        await thread(lambda: 1 / 0)
-    assert await thread(lambda: 5) == 5
 
 
 async def test_an_idle_thread_holds_on_to_nothing() -> None:
@@ -479,7 +604,7 @@ async def test_an_idle_thread_holds_on_to_nothing() -> None:
 
     thread, thing = serve.EngineThread(None), Thing()
     alive = weakref.ref(thing)
-    await thread(lambda thing=thing: thing)
+    thread(lambda thing=thing: thing)
     del thing
     with trio.move_on_after(2):
         while alive():
@@ -490,7 +615,7 @@ async def test_an_idle_thread_holds_on_to_nothing() -> None:
 
 async def test_a_crash_of_the_model_ends_the_engine() -> None:
     engine = make_engine()
-    engine.runner.forward = lambda batch: 1 / 0
+    engine.runner.forward = lambda *_: 1 / 0
     with pytest.raises(ExceptionGroup) as crash:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(engine.run)

@@ -1,5 +1,6 @@
 """The kernels against fp64, over ragged batches of prefill and decode, and bitwise against themselves."""
 
+import importlib
 import os
 import platform
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import types
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -574,3 +576,57 @@ def test_one_openmp_runtime() -> None:
         "print(len(set(re.findall(r'\\S*lib(?:gomp|omp|iomp5)[^/\\s]*\\.so\\S*', open('/proc/self/maps').read()))))"
     )
     assert python(code).strip() == "1"
+
+
+# ── flash-attn, as it is documented, by the reference ─────────────────────────────────────────
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The adapter over a package of the same signatures, which computes by the reference and is strict about what it gets."""
+    called = []
+
+    def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, bounds: Tensor, lengths: Tensor, softmax_scale: float, causal: bool,
+               window_size: tuple[int, int], softcap: float, block_table: Tensor) -> Tensor:
+        assert causal and k_cache.shape[1] % 256 == 0 and block_table.dtype == bounds.dtype == lengths.dtype == torch.int32
+        assert window_size == (-1, -1) or window_size[1] == 0
+        none, nowhere = k_cache.new_zeros(0, *k_cache.shape[2:]), torch.zeros(0, dtype=torch.int64)
+        return attention.paged_attention_eager(q, none, none, k_cache, v_cache, nowhere, block_table, bounds, lengths,
+                                               scale=softmax_scale, window=window_size[0] + 1, softcap=softcap)
+
+    def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options):
+        called.append("varlen")
+        lengths = cu_seqlens_k.diff().int()
+        assert cu_seqlens_q.diff().max() <= max_seqlen_q and lengths.max() <= max_seqlen_k
+        return attend(q, k, v, cu_seqlens_q, lengths, **options)
+
+    def kvcache(q, k_cache, v_cache, *, cache_seqlens, **options):
+        called.append("kvcache")
+        assert q.dim() == 4 and q.shape[:2] == (len(cache_seqlens), 1)
+        bounds = torch.arange(len(q) + 1).int()
+        return attend(q[:, 0], k_cache, v_cache, bounds, cache_seqlens, **options)[:, None]
+
+    package = types.ModuleType("flash_attn")
+    package.flash_attn_varlen_func, package.flash_attn_with_kvcache = varlen, kvcache
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.delitem(sys.modules, "serve_kernels.attention_flash", raising=False)
+    module = importlib.import_module("serve_kernels.attention_flash")
+    monkeypatch.delitem(sys.modules, "serve_kernels.attention_flash")
+    return module, called
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 37}, {"softcap": 3.0}], ids=str)
+@pytest.mark.parametrize("spans, name", [([(1, 1), (1, 300), (1, 64)], "kvcache"), ([(1, 70), (40, 290), (33, 33)], "varlen")])
+def test_flash(flash: Any, options: dict[str, Any], spans: list[tuple[int, int]], name: str) -> None:
+    module, called = flash
+    case = make_case(spans, block_size=256, dtype=torch.bfloat16, **options)
+    check(case, module.paged_attention)
+    assert called == [name]
+
+
+@pytest.mark.parametrize("case", [{"block_size": 32}, {"block_size": 256, "sinks": torch.linspace(-2, 4, 6)},
+                                  {"block_size": 256, "dtype": torch.float32}], ids=["blocks", "sinks", "float32"])
+def test_what_flash_does_not_take(flash: Any, case: dict[str, Any]) -> None:
+    module, called = flash
+    check(make_case([(1, 70), (33, 33)], **{"dtype": torch.bfloat16, **case}), module.paged_attention)
+    assert not called

@@ -296,9 +296,9 @@ def test_sampling_agrees_with_draw(interpreter: Run) -> None:
     logits = 3 * torch.randn(len(rows), 1500)
     params = [serve.SamplingParams(temperature=t, top_k=k, top_p=p, min_p=m) for t, k, p, m in rows]
     sequences = [serve.Sequence([0] * (i + 1), 1, p, 17 * i, b"", None, 0) for i, p in enumerate(params)]
-    uniform = [serve.uniform(seq.seed, seq.num_generated_tokens) for seq in sequences]
+    uniform = serve.draw_points(sequences)
     got, _ = interpreter(sample, logits, *columns([(*row, u) for row, u in zip(rows, uniform)]))
-    assert got.tolist() == serve.draw(logits.clone(), sequences).tolist()
+    assert got.tolist() == serve.draw(logits.clone(), params, uniform).tolist()
 
 
 def test_sampling_is_independent_of_the_batch(interpreter: Run) -> None:
@@ -309,6 +309,53 @@ def test_sampling_is_independent_of_the_batch(interpreter: Run) -> None:
     for i in (2, 5, 8, 12):
         alone, _ = interpreter(sample, *(x[i : i + 1] for x in (logits, *inputs)))
         assert alone[0] == together[i]
+
+
+# ── Layers and graphs, as the server runs them ────────────────────────────────────────────────
+
+
+def serve_tiny(architecture: str) -> tuple[list[list[int]], list[list[int]], int]:
+    """Return a model's answers by the reference, and by these kernels in fused layers and graphs; and how many were fused."""
+    import conftest  # noqa: F401 finds serve.py
+    import serve
+    import transformers
+    from serve_kernels import attention_triton
+
+    def answer(kernel: Callable[..., Tensor]) -> tuple[list[list[int]], int]:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 99,
+                 "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 64, "initializer_range": 0.2}
+        config = transformers.AutoConfig.for_model(architecture, **sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+        network = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+        runner = serve.PagedRunner(serve.Model(architecture, network, None, transformers.GenerationConfig(), frozenset(),
+                                               frozenset(), 99, 64, 1, False, 0), kernel, 16)
+        assert serve.self_test(runner) is None
+        if runner.takes_hints:
+            serve.fuse_layers(runner)
+            serve.capture = lambda function, pool: (function, pool)
+            serve.capture_graphs(runner, 3)
+            assert list(runner.graphs) == [1, 2, 4]
+        sequences, points = serve.scratch_sequences(runner, 21, 5, 17), [0.3] * 3
+        sequences[1].sampling = serve.SamplingParams(temperature=1.0, top_p=0.9)
+        for _ in range(3):
+            batch = {seq: len(seq.token_ids) - seq.num_computed_tokens for seq in sequences}
+            logits = runner.forward(runner.lay_out(batch, points), lambda: None)
+            chosen = serve.sample(logits[:3], sequences, points, runner.chosen).tolist()
+            for seq, id in zip(sequences, chosen):
+                seq.num_computed_tokens = len(seq.token_ids)
+                seq.token_ids.append(id)
+        fused = [len(module.layers) for module in network.modules() if isinstance(module, serve.PatchedLayers)]
+        return [seq.generated for seq in sequences], sum(fused)
+
+    with torch.inference_mode():
+        want, _ = answer(serve.attention.paged_attention_eager)
+        return want, *answer(attention_triton.paged_attention)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma"])
+def test_a_model_in_fused_layers_and_graphs(interpreter: Run, architecture: str) -> None:
+    want, got, fused = interpreter(serve_tiny, architecture)
+    assert got == want and fused == 2
 
 
 # ── Compiled for an H200 ──────────────────────────────────────────────────────────────────────

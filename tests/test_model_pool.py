@@ -191,7 +191,7 @@ async def test_the_model_timeout(tiny: Path, hub: list[str], monkeypatch: pytest
     async with pool(tiny, model_timeout=0.5) as models:
         busy = await models.get("tiny/a")
         forward = busy.runner.forward
-        monkeypatch.setattr(busy.runner, "forward", lambda batch: (time.sleep(0.04), forward(batch))[1])  # 250 tokens: 10 s
+        monkeypatch.setattr(busy.runner, "forward", lambda *batch: (time.sleep(0.04), forward(*batch))[1])  # 250 tokens: 10 s
         async with busy.submit([serve.Prompt([1])], serve.SamplingParams()) as stream:
             idle = await models.get("tiny/b")
             with trio.fail_after(5):

@@ -1,6 +1,7 @@
 """Runners against `model.generate` in float32: the same tokens, and the same log-probabilities, on real model classes."""
 import json
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import serve
 import torch
 import transformers
+import trio
 from conftest import collect, running
 
 VOCAB, LENGTH = 1000, 8
@@ -244,13 +246,15 @@ def test_a_cache_on_two_devices(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """Of a model that is spread, the device with the least room decides; a layer's batch is where its queries are."""
     sizes = serve.Counter({torch.device("cuda:0"): 1000, torch.device("cuda:1"): 3000})
     monkeypatch.setattr(serve.PagedRunner, "block_bytes", sizes)
+    monkeypatch.setattr(serve, "step_peaks", lambda runner, tokens: {})
     monkeypatch.setattr(serve, "available_memory", lambda device: 1_000_000 if device.index else 800_000)
     assert load(tiny, kv_cache_memory=0.9).num_blocks == 300
     batch = serve.ragged({serve.Sequence([1, 2, 3], 3, serve.SamplingParams(), 0, b"", None, 0, block_table=[1]): 3}, 4,
                          torch.device("cpu"))
     elsewhere = batch.to(torch.device("meta"))
     assert batch.to(torch.device("cpu")) is batch
-    assert {getattr(elsewhere, f.name).device.type for f in serve.fields(elsewhere)} == {"meta"}
+    values = [getattr(elsewhere, f.name) for f in serve.fields(elsewhere)]
+    assert {value.device.type for value in values if isinstance(value, torch.Tensor)} == {"meta"}
 
 
 def test_a_device_map(tiny: Path) -> None:
@@ -291,6 +295,109 @@ def test_a_batch_of_scored_prompts_as_tensors() -> None:
     assert batch.positions.tolist() == [[0, 1, 2, 1, 2, 3, 2]]
     assert batch.logits_rows.tolist() == [5, 6, 0, 1, 2, 3, 4]
     assert [list(seq.scored(count)) for seq, count in ((chunk, 3), (hit, 3), (decode, 1))] == [[1, 2, 3], [2, 3], []]
+
+
+# What a GPU does, as far as it can be seen without one.
+
+
+def replayed(function: Callable[[], None], pool: object) -> tuple[Callable[[], None], object]:
+    """Stand for a CUDA graph, which reads what lies in its inputs when it is launched: call the function again."""
+    return function, pool
+
+
+def choose(logits: torch.Tensor, sampling: torch.Tensor) -> torch.Tensor:
+    """Choose by columns as `sample` does by sequences."""
+    rows = [serve.Sequence([0], 1, serve.SamplingParams(temperature=t, top_k=int(k), top_p=p, min_p=m), 0, b"", None, 0)
+            for t, k, p, m, _ in sampling.tolist()]
+    return serve.sample(logits, rows, sampling[:, 4].tolist())
+
+
+async def test_decodes_in_graphs(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padded to captured sizes, from inputs that lie where they lay: the answers are those without graphs."""
+    runner, prompts = load(tiny), random_prompts()
+    params = [serve.SamplingParams(max_tokens=n, temperature=n % 3 / 2, top_p=0.9, seed=n) for n in (3, 4, 9, 13, 20, 6)]
+    params += [serve.SamplingParams(max_tokens=8, repetition_penalty=1.5), serve.SamplingParams(max_tokens=5, logprobs=2)]
+
+    async def answer() -> list[list[serve.Token]]:
+        got = {}
+        async with running(runner, max_running=7) as engine, trio.open_nursery() as nursery:
+            for i, sampling in enumerate(params):
+                async def ask(i: int = i, sampling: serve.SamplingParams = sampling) -> None:
+                    got[i], = await collect(engine.submit([serve.Prompt(prompts[i % 4][i // 4:])], sampling))
+                nursery.start_soon(ask)
+        return [got[i] for i in range(len(params))]
+
+    prompts[3] = [7, 8]
+    plain = await answer()
+    monkeypatch.setattr(serve, "capture", replayed)
+    monkeypatch.setattr(serve, "choose_on_gpu", choose)
+    with torch.inference_mode():
+        serve.capture_graphs(runner, 7)
+    assert list(runner.graphs) == [1, 2, 4, 8]
+    sizes, replay = [], runner.replay
+    monkeypatch.setattr(runner, "replay", lambda batch: (sizes.append(len(batch.seq_lens)), replay(batch))[1])
+    with_graphs = await answer()
+    for one, other in zip(plain, with_graphs, strict=True):
+        assert [token.id for token in one] == [token.id for token in other]
+        assert [token.logprob or 0 for token in one] == pytest.approx([token.logprob or 0 for token in other], abs=1e-4)
+    assert set(sizes) == {1, 2, 4, 8}
+
+
+def test_padding_is_written_where_nobody_reads() -> None:
+    params = serve.SamplingParams(temperature=0.5, top_k=3)
+    make = partial(serve.Sequence, sampling=params, seed=0, salt=b"", stream=None, index=0)
+    one, two = (make([20, 21, 22], 2, num_computed_tokens=2, block_table=[5, 1]),
+                make([30], 1, num_computed_tokens=1, num_pending_tokens=1, row=1, block_table=[3]))
+    batch = serve.ragged({one: 1, two: 1}, 2, torch.device("cpu"), 4, [0.25, 0.5])
+    assert batch.slot_mapping.tolist() == [2, 7, 0, 0] and batch.seq_lens.tolist() == [3, 2, 0, 0]
+    assert batch.block_tables.tolist() == [[5, 1], [3, 0], [0, 0], [0, 0]] and batch.cu_seqlens_q.tolist() == [0, 1, 2, 3, 4]
+    assert batch.input_ids.tolist() == [[22, 0, 0, 0]] and batch.sources.tolist() == [0, 4 + 1, 2, 3]
+    assert batch.sampling.tolist() == [[0.5, 3, 1, 0, 0.25], [0.5, 3, 1, 0, 0.5], [0] * 5, [0] * 5]
+    assert (batch.decodes, batch.max_seq_len, batch.logits_rows.tolist()) == (4, 3, [0, 1, 2, 3])
+    part = batch.first(2)
+    assert (part.decodes, part.cu_seqlens_q.tolist(), part.input_ids.shape) == (2, [0, 1, 2], (1, 2))
+    chunk = make(list(range(9)), 9, block_table=[7, 8])
+    mixed = serve.ragged({one: 1, chunk: 4}, 2, torch.device("cpu"))
+    assert (mixed.decodes, mixed.max_seq_len, mixed.sampling, mixed.sources) == (1, 3, None, None)
+
+
+def test_only_decodes_run_in_graphs(tiny: Path) -> None:
+    runner = load(tiny)
+    runner.graphs = dict.fromkeys((1, 2, 4))
+    decodes = [serve.Sequence([1, 2], 1, serve.SamplingParams(), 0, b"", None, 0, num_computed_tokens=1, block_table=[1])
+               for _ in range(5)]
+    chunk = serve.Sequence([1, 2, 3], 3, serve.SamplingParams(), 0, b"", None, 0, block_table=[1])
+
+    def rows(batch: serve.Batch) -> int:
+        laid_out = runner.lay_out(batch, [0.0] * len(serve.sampled(batch)))
+        return 0 if laid_out.sampling is None else len(laid_out.seq_lens)
+
+    assert [rows(dict.fromkeys(decodes[:n], 1)) for n in range(1, 6)] == [1, 2, 4, 4, 0]
+    assert rows({decodes[0]: 1, chunk: 3}) == rows({chunk: 1}) == rows({decodes[0]: 1, chunk: 1}) == 0
+
+
+def test_what_cannot_be_captured_runs_without(tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    runner = load(tiny)
+    monkeypatch.setattr(serve, "capture", lambda *_: 1 / 0)
+    with torch.inference_mode():
+        serve.capture_graphs(runner, 4)
+        assert runner.graphs == {} and "no CUDA graphs (division by zero)" in caplog.text
+        serve.advance(runner, {serve.scratch_sequences(runner, 5)[0]: 5})
+
+
+def test_attention_of_ours_that_fails_its_self_test_on_a_gpu(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(q: torch.Tensor, *args: object, decodes: int, max_seq_len: int, **options: object) -> torch.Tensor:
+        return serve.attention.paged_attention_eager(q, *args, **options) * 1.05
+
+    monkeypatch.setattr(serve, "choose_attention", lambda *_: (wrong, "wrong"))
+    assert load(tiny).attention is serve.attention.paged_attention_sdpa
+
+
+def test_memory_that_a_gpu_has_for_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60, 100))
+    monkeypatch.setattr(serve, "available_memory", lambda device: 60)
+    for setting, expected in ((None, 60 - 15 - 10), (0.5, 22), (1.0, 45), (7.0, 7)):
+        assert serve.cache_bytes(serve.Config(kv_cache_memory=setting), torch.device("cuda"), 15) == expected
 
 
 async def test_a_prompt_on_which_the_model_fails_fails_alone(checkpoint: Path, tmp_path: Path,

@@ -16,6 +16,10 @@ def row(params: serve.SamplingParams, prompt: list[int] = (), answer: list[int] 
     return serve.Sequence([*prompt, *answer], len(prompt), params, seed, b"", None, 0)
 
 
+def sample(logits: torch.Tensor, rows: list[serve.Sequence]) -> list[serve.Token]:
+    return serve.tokens_of(serve.sample(logits, rows, serve.draw_points(rows)).tolist(), logits, rows)
+
+
 def random_logits(rows: int = 1, vocab: int = VOCAB, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * scale
 
@@ -35,7 +39,7 @@ def warped(logits: torch.Tensor, params: serve.SamplingParams) -> torch.Tensor:
 def draws(logits: torch.Tensor, params: serve.SamplingParams, count: int) -> Counter[int]:
     """Return how often each token is drawn from one row of logits [vocab], under as many seeds."""
     rows = [row(params, seed=seed) for seed in range(count)]
-    return Counter(token.id for token in serve.sample(logits.expand(count, -1), rows))
+    return Counter(token.id for token in sample(logits.expand(count, -1), rows))
 
 
 def chi_square_limit(freedom: int) -> float:
@@ -83,8 +87,8 @@ def test_the_tokens_kept(params: serve.SamplingParams, vocab: int) -> None:
 def test_rows_of_every_kind_in_one_batch_are_as_alone() -> None:
     rows = [row(params, seed=7) for params in [*SHAPES, Params()]] * 3
     logits = random_logits(len(rows), 5000, scale=1.0)
-    together = serve.sample(logits, rows)
-    assert together == [serve.sample(logits[i:i + 1], [seq])[0] for i, seq in enumerate(rows)]
+    together = sample(logits, rows)
+    assert together == [sample(logits[i:i + 1], [seq])[0] for i, seq in enumerate(rows)]
 
 
 @pytest.mark.parametrize("others", [1, 7])
@@ -98,8 +102,8 @@ def test_a_seed_decides_whatever_other_rows_there_are(others: int) -> None:
     for seed in range(6):
         mine = row(params, [1, 2], [3], seed)
         company = [row(neighbour, seed=seed + 1) for neighbour in neighbours]
-        assert serve.sample(logits[:1], [mine])[0] == serve.sample(logits, [mine, *company])[0]
-        assert serve.sample(logits[:1], [mine])[0] == serve.sample(logits.flip(0), [*company, mine])[-1]
+        assert sample(logits[:1], [mine])[0] == sample(logits, [mine, *company])[0]
+        assert sample(logits[:1], [mine])[0] == sample(logits.flip(0), [*company, mine])[-1]
 
 
 def test_the_nucleus_alone_or_beside_others_is_bitwise_the_same() -> None:
@@ -113,8 +117,8 @@ def test_the_nucleus_alone_or_beside_others_is_bitwise_the_same() -> None:
 
 def test_positions_and_seeds_draw_differently() -> None:
     logits, params = torch.zeros(1, VOCAB), Params(temperature=1.0)
-    by_seed = {serve.sample(logits, [row(params, seed=seed)])[0].id for seed in range(50)}
-    by_position = {serve.sample(logits, [row(params, [1], [2] * n)])[0].id for n in range(50)}
+    by_seed = {sample(logits, [row(params, seed=seed)])[0].id for seed in range(50)}
+    by_position = {sample(logits, [row(params, [1], [2] * n)])[0].id for n in range(50)}
     assert len(by_seed) > 30 and len(by_position) > 30
 
 
@@ -127,7 +131,7 @@ def test_uniform_is_uniform() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1e-3, 1e-10, 1e-38, 1e-320], ids=str)
 def test_cold_is_greedy(temperature: float) -> None:
     logits = random_logits(8)
-    tokens = serve.sample(logits, [row(Params(temperature=temperature, top_p=0.9), seed=i) for i in range(8)])
+    tokens = sample(logits, [row(Params(temperature=temperature, top_p=0.9), seed=i) for i in range(8)])
     assert [token.id for token in tokens] == logits.argmax(-1).tolist()
 
 
@@ -135,7 +139,7 @@ def test_cold_is_greedy(temperature: float) -> None:
     temperature=2.0, min_p=1.0)], ids=shown)
 def test_one_token_is_always_kept(params: serve.SamplingParams) -> None:
     logits = random_logits(8)
-    assert [token.id for token in serve.sample(logits, [row(params, seed=i) for i in range(8)])] == logits.argmax(-1).tolist()
+    assert [token.id for token in sample(logits, [row(params, seed=i) for i in range(8)])] == logits.argmax(-1).tolist()
 
 
 def test_equal_scores_are_kept_or_dropped_together() -> None:
@@ -146,13 +150,13 @@ def test_equal_scores_are_kept_or_dropped_together() -> None:
 def test_greedy_next_to_hot() -> None:
     logits = random_logits(6)
     rows = [row(Params(temperature=2.0 * (i % 2)), seed=i) for i in range(6)]
-    tokens = serve.sample(logits, rows)
+    tokens = sample(logits, rows)
     assert [token.id for token in tokens[::2]] == logits[::2].argmax(-1).tolist()
-    assert tokens[1::2] == serve.sample(logits[1::2], rows[1::2])
+    assert tokens[1::2] == sample(logits[1::2], rows[1::2])
 
 
 def test_no_rows() -> None:
-    assert serve.sample(random_logits(), []) == []
+    assert sample(random_logits()[:0], []) == sample(random_logits()[:0].bfloat16(), []) == []
 
 
 PROMPT, ANSWER = [3, 4, 4, 5], [4, 6, 6, 6, 7]
@@ -195,14 +199,14 @@ def test_no_stop_before_min_tokens(generated: int, banned: bool) -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, 2], logits[0, 9], logits[0, 5] = 10.0, 9.0, 8.0
     params = Params(min_tokens=3, stop_token_ids=frozenset({2, 9}), logit_bias={2: 100.0})
-    assert serve.sample(logits, [row(params, [1], [7] * generated)])[0].id == (5 if banned else 2)
+    assert sample(logits, [row(params, [1], [7] * generated)])[0].id == (5 if banned else 2)
 
 
 def test_a_bias_forces_and_forbids() -> None:
     logits = random_logits()
     best = int(logits.argmax())
-    assert serve.sample(logits, [row(Params(logit_bias={17: 100.0}))])[0].id == 17
-    assert serve.sample(logits, [row(Params(logit_bias={best: -100.0}))])[0].id == int(logits[0].argsort()[-2])
+    assert sample(logits, [row(Params(logit_bias={17: 100.0}))])[0].id == 17
+    assert sample(logits, [row(Params(logit_bias={best: -100.0}))])[0].id == int(logits[0].argsort()[-2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -210,7 +214,7 @@ def test_logprobs_are_of_the_raw_logits(dtype: torch.dtype) -> None:
     logits = random_logits(4).to(dtype)
     params = [Params(logprobs=3, temperature=1.7, top_k=2, logit_bias={11: 90.0}), Params(logprobs=0), Params(),
               Params(logprobs=20)]
-    tokens = serve.sample(logits, [row(p, PROMPT, ANSWER) for p in params])
+    tokens = sample(logits, [row(p, PROMPT, ANSWER) for p in params])
     exact = logits.double().log_softmax(-1)
     assert tokens[0].id == 11 and tokens[2].logprob is None and tokens[2].top == () and tokens[1].top == ()
     for i in (0, 1, 3):
@@ -244,7 +248,7 @@ def test_scores_are_what_with_logprobs_says_of_each_row() -> None:
 def test_bfloat16_is_drawn_from_as_float32() -> None:
     logits = random_logits(16).bfloat16()
     rows = [row(Params(temperature=1.0, top_p=0.9, repetition_penalty=1.1), PROMPT, ANSWER, seed) for seed in range(16)]
-    assert serve.sample(logits, rows) == serve.sample(logits.float(), rows)
+    assert sample(logits, rows) == sample(logits.float(), rows)
 
 
 def test_the_whole_chain_against_generate(tiny) -> None:
@@ -256,5 +260,5 @@ def test_the_whole_chain_against_generate(tiny) -> None:
     seq = row(Params(repetition_penalty=3.0), [5, 9, 5])
     with torch.inference_mode():
         for _ in range(12):
-            seq.token_ids.append(serve.sample(network(torch.tensor([seq.token_ids])).logits[:, -1], [seq])[0].id)
+            seq.token_ids.append(sample(network(torch.tensor([seq.token_ids])).logits[:, -1], [seq])[0].id)
     assert seq.generated == expected

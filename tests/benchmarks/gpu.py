@@ -6,13 +6,17 @@
 
 Kernels are timed in CUDA graphs, as a step runs them: host time is no part of it, and what cannot be captured fails. A part
 that fails is one line and the others still run. "To reach" is what the project asks of itself on an H200, the limit what
-was measured there: 4.3 TB/s of copying and 790 TFLOP/s of a bfloat16 matrix product. Model parts import serve.py.
+was measured there: 4.3 TB/s of copying and 790 TFLOP/s of a bfloat16 matrix product. Model parts import serve.py, and so
+want what it imports; the part over HTTP drives the `transformers serve` that is installed here too.
 """
 
 import argparse
+import dataclasses
 import functools
 import itertools
+import shutil
 import sys
+import tempfile
 import time
 import traceback
 import types
@@ -30,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 sys.modules.setdefault("serve_kernels", types.ModuleType("serve_kernels")).__path__ = [str(ROOT / "kernels")]
 COPY, PRODUCT = 4.3, 790.0  # TB/s, TFLOP/s
+LESS = ("ms", "µs", "% idle")  # units of which less is better
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,8 @@ class Row:
 
     def __str__(self) -> str:
         """Say it, with a verdict where there is something to reach."""
-        verdict = "" if self.reach is None else "ok" if self.measured >= self.reach else "MISSED"
+        reached = self.reach is not None and (self.measured <= self.reach if self.unit in LESS else self.measured >= self.reach)
+        verdict = "" if self.reach is None else "ok" if reached else "MISSED"
         numbers = "".join(f"{'' if x is None else f'{x:.4g}':>9}" for x in (self.measured, self.reach, self.limit))
         return f"{self.name:44}{numbers} {self.unit:9}{verdict:7}{self.note}"
 
@@ -304,7 +310,7 @@ def sampling_in_torch() -> Iterator[Row]:
         logits = (2.5 * torch.randn(rows, 151936, device="cuda")).bfloat16()
         params = serve.SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
         sequences = [serve.Sequence([0, 0], 1, params, i, b"", None, 0) for i in range(rows)]
-        took = seconds_eager(functools.partial(serve.sample, logits, sequences), 5)
+        took = seconds_eager(functools.partial(serve.sample, logits, sequences, serve.draw_points(sequences)), 5)
         yield Row(f"  serve.sample, {rows} rows, {kind}", took * 1e6, "µs")
 
 
@@ -391,7 +397,6 @@ def make_sequences(runner: Any, prompts: list[list[int]], room: int) -> list[Any
 
 def greedy(kind: str, layers: int, tokens: int = 24) -> Row:
     """Compare a batch of greedy answers with model.generate's, in float32, where no two scores are equal."""
-    serve = import_serve()
     model = random_model(kind, torch.float32, layers)
     network, prompts = model.network, [torch.randint(32000, (n,)).tolist() for n in (3, 70, 33, 129)]
     want = [network.generate(torch.tensor([ids], device="cuda"), max_new_tokens=tokens, do_sample=False)[0].tolist()
@@ -400,9 +405,9 @@ def greedy(kind: str, layers: int, tokens: int = 24) -> Row:
     sequences = make_sequences(runner, prompts, tokens)
     for _ in range(tokens):
         batch = {seq: len(seq.token_ids) - seq.num_computed_tokens for seq in sequences}
-        for seq, token in zip(sequences, serve.sample(runner.forward(batch), sequences)):
+        for seq, id in zip(sequences, launch(runner, batch)()):
             seq.num_computed_tokens = len(seq.token_ids)
-            seq.token_ids.append(token.id)
+            seq.token_ids.append(id)
     same = sum(seq.token_ids == ids for seq, ids in zip(sequences, want))
     return Row(f"greedy as model.generate, {kind}, {type(runner).__name__}", same, "answers", len(want), len(want))
 
@@ -413,40 +418,125 @@ def check_greedy() -> Iterator[Row]:
     yield greedy("MoE", 4)
 
 
-def step_seconds(runner: Any, batch_size: int, context: int) -> tuple[float, float]:
-    """Return the time of one decode step with its sampling, and how much of it the GPU was busy."""
+def launch(runner: Any, batch: dict[Any, int]) -> Callable[[], list[int]]:
+    """Launch a step as the engine's thread does; return what waits for its tokens."""
     serve = import_serve()
+    sequences = serve.sampled(batch)
+    points = serve.draw_points(sequences)
+    logits = runner.forward(runner.lay_out(batch, points))
+    chosen = serve.sample(logits[:len(sequences)], sequences, points, runner.chosen)
+    runner.keep(chosen)
+    return serve.on_its_way(chosen)
+
+
+def step_seconds(runner: Any, batch_size: int, context: int, steps: int = 20) -> tuple[float, float]:
+    """Return the time of a decode step, launched before the last one's tokens are read, and how long the GPU was busy."""
     sequences = make_sequences(runner, [[1] * (context + 1)] * batch_size, 0)
-    for seq in sequences:
-        seq.num_computed_tokens = context
+    for row, seq in enumerate(sequences):
+        seq.num_computed_tokens, seq.num_pending_tokens, seq.row = context, 1, row
+        del seq.token_ids[-1]
     batch = dict.fromkeys(sequences, 1)
 
-    def step() -> None:
-        serve.sample(runner.forward(batch), sequences)
+    def run() -> float:
+        read, started = launch(runner, batch), time.perf_counter()
+        for _ in range(steps):
+            following = launch(runner, batch)
+            read()
+            read = following
+        read()
+        return (time.perf_counter() - started) / steps
 
-    took = seconds_eager(step)
+    run()
+    took = min(run() for _ in range(3))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(3):
-            step()
-        torch.cuda.synchronize()
-    busy = sum(event.self_device_time_total for event in profile.key_averages()) / 1e6 / 3
+        run()
+    busy = sum(event.self_device_time_total for event in profile.key_averages()) / 1e6 / (steps + 1)
     return took, busy
 
 
 @torch.inference_mode()
 def steps() -> Iterator[Row]:
     """A decode step of a model: every weight and every key is read once, so memory is the limit."""
-    for kind, batch_sizes in (("0.6B", (1,)), ("8B", (1, 32, 256))):
+    for kind, shapes in (("0.6B", [(1, 1024, 1.2)]), ("8B", [(1, 1024, 4.6), (32, 4096, 10.0), (256, 512, 14.0)]),
+                         ("MoE", [(16, 1024, None)])):  # fmt: skip
         model = random_model(kind)
         weights = sum(x.nbytes for x in {x.data_ptr(): x for x in model.network.parameters()}.values())
         runner = make_runner(model)
-        for batch_size in batch_sizes:
-            took, busy = step_seconds(runner, batch_size, 1024)
-            keys = runner.block_bytes // runner.block_size * 1024 * batch_size
-            yield Row(f"decode step, {kind}, {batch_size} at 1024", took * 1e3, "ms", None, (weights + keys) / COPY / 1e9,
-                      f"GPU idle {max(0.0, 1 - busy / took):.0%}")  # fmt: skip
+        for batch_size, context, reach in shapes:
+            (took, busy), name = step_seconds(runner, batch_size, context), f"{kind}, {batch_size} at {context}"
+            keys = sum(runner.block_bytes.values()) // runner.block_size * context * batch_size
+            graph = "graph" if any(batch_size <= rows for rows in runner.graphs) else "no graph"
+            yield Row(f"decode step, {name}", took * 1e3, "ms", reach, (weights + keys) / COPY / 1e9, graph)
+            yield Row(f"  between steps, {name}", 100 * max(0.0, 1 - busy / took), "% idle", 3)
         del model, runner
         torch.cuda.empty_cache()
+
+
+def save_checkpoint(folder: Path) -> Path:
+    """Save the 0.6B with a tokenizer of single bytes, so that both servers can load it."""
+    import tokenizers
+    import transformers
+
+    network, bytes_ = random_model("0.6B").network, sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({byte: i for i, byte in enumerate(bytes_)}, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
+    fast.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    network.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+@torch.inference_mode()
+def bits() -> Iterator[Row]:
+    """Decode steps of the 0.6B in bfloat16, 8 and 4 bits: with others in the batch, fewer bits must not fall behind."""
+    serve = import_serve()
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint = serve.Checkpoint(str(save_checkpoint(Path(scratch))))
+        for kind in (None, "bnb-8bit", "bnb-4bit"):
+            config = serve.Config(device="cuda", quantization=kind)
+            model = serve.load_model("0.6B", checkpoint, config, True, lambda stage: None)
+            runner = make_runner(model)
+            for batch_size in (1, 16):
+                took, busy = step_seconds(runner, batch_size, 1024)
+                note = f"{batch_size / took:.0f} tokens/s, {model.network.get_memory_footprint() >> 20} MiB of weights"
+                yield Row(f"decode step, 0.6B {kind or 'bfloat16'}, {batch_size} at 1024", took * 1e3, "ms", note=note)
+            del model, runner
+            torch.cuda.empty_cache()
+
+
+def http() -> Iterator[Row]:
+    """Both servers over HTTP, one after the other, on the 0.6B: those that are installed here."""
+    sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
+    import serving
+
+    installed = shutil.which("transformers") or str(Path(sys.executable).with_name("transformers"))
+
+    def transformers_cb(model: Path, port: int) -> list[str]:
+        return [installed, "serve", str(model), "--port", str(port), "--dtype", "bfloat16", "--continuous-batching"]
+
+    servers = serving.Server("serve.py", serving.serve_py), serving.Server("transformers serve", transformers_cb)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = save_checkpoint(Path(scratch))
+        torch.cuda.empty_cache()
+        for server in servers:
+            try:
+                yield from http_loads(serving, server, folder)
+            except Exception as error:  # the other one is still worth its time
+                print(f"  {server.name} failed: {error}", flush=True)
+
+
+def http_loads(serving: types.ModuleType, server: Any, folder: Path) -> Iterator[Row]:
+    """Yield what one server gives under one client and under 16."""
+    with serving.running(server, folder) as (process, url):
+        served = dataclasses.replace(server, url=url)
+        body = serving.request_body(served, str(folder), [{"role": "user", "content": "Hello"}], 8)
+        print(f"  {server.name}: first token after {serving.first_token(process, url, body, time.time()):.1f} s", flush=True)
+        for name in ("single", "batch"):
+            figures = serving.run_load(served, url, serving.served_model(served, folder), name)
+            note = f"first token {figures['ttft_p50_ms']:.0f} ms, between tokens {figures['itl_p50_ms']:.1f} ms"
+            yield Row(f"HTTP, {server.name}, {name}", figures["tokens_per_s"], "tokens/s", note=note)
 
 
 # ── Main ──────────────────────────────────────────────────────────────────────────────────────
@@ -454,7 +544,7 @@ def steps() -> Iterator[Row]:
 PARTS: dict[str, Part] = {
     part.__name__: part
     for part in (ceilings, check_attention, check_graph, check_layer, check_sampling, decode, prefill, layer, sampling,
-                 sampling_in_torch, check_greedy, steps, tune)
+                 sampling_in_torch, check_greedy, steps, bits, http, tune)
 }  # fmt: skip
 
 
