@@ -624,17 +624,22 @@ async def test_a_crash_of_the_model_ends_the_engine() -> None:
 
 
 def failing(engine: serve.Engine, fails: Callable[[serve.Batch], Exception | None]) -> None:
-    """Let the forward pass of some batches fail, before it has written anything or after."""
-    forward = engine.runner.forward
+    """Let some batches fail, before anything is written or after."""
+    start, run_step, errors = engine.start, engine.run_step, {}
 
-    def partly(batch: serve.Batch) -> torch.Tensor:
-        if isinstance(error := fails(batch), MemoryError):
-            forward(batch)
+    def marked(batch: serve.Batch, *options: object, **others: object) -> serve.Step:
+        errors[id(batch)] = batch, fails(batch)
+        return start(batch, *options, **others)
+
+    def partly(step: serve.Step, meanwhile: Callable[[], None]) -> Callable[[], tuple]:
+        _, error = errors[id(step.batch)]
+        if isinstance(error, MemoryError):
+            run_step(step, lambda: None)
         if error:
             raise error
-        return forward(batch)
+        return run_step(step, meanwhile)
 
-    engine.runner.forward = partly
+    engine.start, engine.run_step = marked, partly
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), MemoryError("and it wrote before")], ids=repr)
@@ -643,7 +648,7 @@ async def test_who_makes_a_step_fail_fails_alone(error: Exception, when: int) ->
     """Those that were to share what it did not compute included; and nobody finds its blocks in the prefix cache."""
     async with running(TokenCacheRunner(), 64, max_running=8) as engine:
         failing(engine, lambda batch: next((error for seq in batch if 13 in seq.token_ids[:1]
-                                            and seq.num_generated_tokens + 1 >= when), None))
+                                            and seq.num_tokens - seq.num_prompt_tokens + 1 >= when), None))
         bad = list(range(13, 26))
         prompts = [[1, 2, 3], bad, [*bad, 1], [4, 5], [7, 8]] if when > 1 else [[1, 2, 3], bad, [4, 5], [7, 8]]
         stream = engine.submit([serve.Prompt(ids) for ids in prompts], Params(max_tokens=6))
@@ -653,7 +658,7 @@ async def test_who_makes_a_step_fail_fails_alone(error: Exception, when: int) ->
                 assert [token.id for token in answer] == follow(prompt, 6) and seq.error is None
             else:
                 assert len(answer) == when - 1 and seq.error.status == (400 if isinstance(error, MemoryError) else 500)
-        del engine.runner.forward
+        del engine.start, engine.run_step
         for prompt in prompts:
             assert [token.id for token in (await collect(engine.submit([serve.Prompt(prompt)], Params(max_tokens=6))))[0]] == (
                 follow(prompt, 6))

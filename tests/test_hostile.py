@@ -10,7 +10,7 @@ import statistics
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -518,15 +518,15 @@ def test_faults(server: LocalServer, client: httpx.Client, monkeypatch: pytest.M
 def test_a_forward_pass_that_fails_fails_its_own_request(server: LocalServer, client: httpx.Client,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside others, who share its prompt: out of memory is the request's fault, anything else is ours."""
-    forward = server.engine.runner.forward
+    run_step = server.engine.run_step
     for error, status, code in ((RuntimeError("a bug"), 500, "internal_error"), (MemoryError(), 400, "out_of_memory")):
-        def fails(batch: serve.Batch, error: Exception = error) -> Any:
-            if any(seq.sampling.seed == 666 for seq in batch):
+        def fails(step: serve.Step, meanwhile: Callable[[], None], error: Exception = error) -> Any:
+            if any(seq.sampling.seed == 666 for seq in step.batch):
                 raise error
-            return forward(batch)
+            return run_step(step, meanwhile)
 
         with monkeypatch.context() as patch, ThreadPoolExecutor(6) as pool:
-            patch.setattr(server.engine.runner, "forward", fails)
+            patch.setattr(server.engine, "run_step", fails)
             jobs = [pool.submit(ask, server, max_tokens=8, seed=666 if i == 2 else 1) for i in range(6)]
             answers = [job.result() for job in jobs]
         assert [answer.status_code for answer in answers] == [200, 200, status, 200, 200, 200]

@@ -220,10 +220,10 @@ def test_images_that_wait_are_bounded(seeing: LocalServer, monkeypatch: pytest.M
     runner, begun, going_on = seeing.engine.runner, threading.Event(), threading.Event()
     forward = runner.forward
 
-    def halted(batch: serve.Batch) -> torch.Tensor:
+    def halted(*arguments: object) -> torch.Tensor:
         begun.set()
         assert going_on.wait(20)
-        return forward(batch)
+        return forward(*arguments)
 
     monkeypatch.setattr(serve, "MAX_QUEUED_MEDIA", 1)
     monkeypatch.setattr(runner, "forward", halted)

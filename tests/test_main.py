@@ -174,15 +174,15 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 import serve
 
-forward = serve.PagedRunner.forward
+run_step = serve.Engine.run_step
 
-def fails(runner, batch):
-    runner.broken = getattr(runner, "broken", False) or any(seq.sampling.seed == 666 for seq in batch)
-    if runner.broken:
+def fails(engine, step, meanwhile):
+    engine.broken = getattr(engine, "broken", False) or any(seq.sampling.seed == 666 for seq in step.batch)
+    if engine.broken:
         raise RuntimeError("the device is lost")
-    return forward(runner, batch)
+    return run_step(engine, step, meanwhile)
 
-serve.PagedRunner.forward = fails
+serve.Engine.run_step = fails
 sys.exit(serve.main(sys.argv[1:]))
 """
 
