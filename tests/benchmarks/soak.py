@@ -4,8 +4,8 @@
     python tests/benchmarks/soak.py --minutes 10 -- Qwen/Qwen3-0.6B --max-queue 64
 
 What stands after -- are serve.py's own arguments. The clients send short and long prompts, several answers to one, grammars,
-bad requests, and they leave: amid the body, in the queue, amid the answer; some read slowly. Where the server has endpoints
-for them, embeddings, responses, images and transcriptions are among it. It must hold that
+bad requests, and they leave: amid the body, in the queue, amid the answer; some read slowly. Responses, embeddings, images and
+transcriptions are asked of each model that is served, and a 400 is right for those that cannot. It must hold that
 
 - no answer is an error but for 429 when the queue is full, and a 400 for what is bad;
 - every greedy answer is the one that was given alone, before;
@@ -62,6 +62,7 @@ class Soak:
         self.health: list[float] = []
         self.memory: list[int] = []
         self.alone: dict[str, str] = {}
+        self.models = [model["id"] for model in json.loads(self.call("/v1/models")[1])["data"]]
 
     def call(self, path: str, body: Any = None, kind: str = "application/json") -> tuple[int, bytes]:
         """Return the status and the answer; a body is JSON unless it is bytes."""
@@ -166,7 +167,8 @@ def slow(soak: Soak, rng: random.Random) -> None:
 
 
 def embedding(soak: Soak, rng: random.Random) -> None:
-    soak.expect("embedding", soak.call("/v1/embeddings", {"input": [" ".join(rng.choices(WORDS, k=20))] * 3}), 200, 400)
+    soak.expect("embedding", soak.call("/v1/embeddings", {
+        "model": rng.choice(soak.models), "input": [" ".join(rng.choices(WORDS, k=20))] * 3}), 200, 400)
 
 
 def response(soak: Soak, rng: random.Random) -> None:
@@ -182,7 +184,7 @@ def image(soak: Soak, rng: random.Random) -> None:
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks)
     url = "data:image/png;base64," + base64.b64encode(png).decode()
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What colour is it?"}]
-    body = {"messages": [{"role": "user", "content": content}], "max_tokens": 8}
+    body = {"model": rng.choice(soak.models), "messages": [{"role": "user", "content": content}], "max_tokens": 8}
     soak.expect("image", soak.call("/v1/chat/completions", body), 200, 400)
 
 
@@ -191,8 +193,10 @@ def transcription(soak: Soak, rng: random.Random) -> None:
     with wave.open(made, "wb") as sound:
         sound.setparams((1, 2, 16000, 0, "NONE", ""))
         sound.writeframes(rng.randbytes(32000))
-    body = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n' + made.getvalue() + b"\r\n--x--\r\n"
-    soak.expect("transcription", soak.call("/v1/audio/transcriptions", body, "multipart/form-data; boundary=x"), 200, 400)
+    model = f'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\n{rng.choice(soak.models)}\r\n'.encode()
+    file = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n' + made.getvalue() + b"\r\n--x--\r\n"
+    answer = soak.call("/v1/audio/transcriptions", model + file, "multipart/form-data; boundary=x")
+    soak.expect("transcription", answer, 200, 400)
 
 
 KINDS: dict[Callable[[Soak, random.Random], None], tuple[int, str]] = {  # how often, and the endpoint that it needs
