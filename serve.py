@@ -6720,6 +6720,7 @@ PAGE_HEADERS = {"Referrer-Policy": "no-referrer", "Cache-Control": "no-cache", "
 
 @app.get("/")
 async def chat_page() -> Response:
+    """Show a page to talk to the models with."""
     return Response(PAGE, content_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
 
 

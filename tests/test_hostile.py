@@ -177,7 +177,8 @@ RAW_BODIES = [b"", b" ", b"{", b"}", b"nonsense", b"[]", b"null", b"5", b'"x"', 
               b'{"prompt":"\\ud800","messages":[{"role":"user","content":"\\ud800"}]}', b"[" * 100_000, b'{"a":' * 100_000,
               b'{"prompt":"a\nb","messages":1}', b"{},", b'{"x":[' + b"{}," * 1_500_000 + b"{}]}"]
 ROUTES = [
-    ("GET", "/", 404), ("GET", "/favicon.ico", 404), ("GET", "/.env", 404), ("GET", "/v1", 404), ("GET", "/v1/", 404),
+    ("GET", "/", 200), ("DELETE", "/", 405), ("GET", "/favicon.ico", 404), ("GET", "/.env", 404), ("GET", "/v1", 404),
+    ("GET", "/v1/", 404),
     ("GET", "/v1/models/", 404), ("GET", "/v1/models/nobody", 404), ("GET", "/v1/models/..%2f..%2fetc%2fpasswd", 404),
     ("GET", "/v1/models/%00", 404), ("GET", "/v1/models/" + "x" * 9000, 404), ("GET", "/health/", 404),
     ("GET", "/%2e%2e/%2e%2e/etc/passwd", 404), ("GET", "/v1/chat/completions/x", 404), ("POST", "/v1/chat", 404),
@@ -307,7 +308,7 @@ SENT = [  # what is sent, and the status of the answer; None: the connection is 
     ([CHUNKED, b"2\r\n{}XX"], 400), ([CHUNKED, b"2\r\n{}\r\n0\r\n\r\n"], 400), ([CHUNKED, b"f" * 30 + b"\r\n"], 400),
     ([head("Content-Length: 2", "Content-Type: application/json"), b"{", b"}"], 400),
     ([head("Content-Length: 2", "Content-Type: application/json", "Expect: 100-continue"), b"{}"], 100),
-    ([b"GET ?x HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"], 404),
+    ([b"GET ?x HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"], 200),
     ([head(method="GET", path="http://evil.example/v1/nothing")], 404), ([head(method="GET", path="http://[/health")], 200),
     ([head(method="OPTIONS", path="*")], 404), ([head(method="CONNECT", path="localhost:80")], 404),
     ([b"GET /health HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n"], 403),

@@ -16,6 +16,7 @@ import openai
 import pydantic
 import pytest
 import serve
+import torch
 from conftest import LocalServer, ServerProcess, http, start_server
 from openai.types import responses as types
 
@@ -336,6 +337,7 @@ def test_reasoning_is_an_item_of_its_own(server: LocalServer, monkeypatch: pytes
     tokenizer = server.engine.model.tokenizer
     thinking = tokenizer.chat_template.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
     monkeypatch.setattr(tokenizer, "chat_template", thinking)
+    monkeypatch.setattr(serve, "needs_tokens", lambda seq: True)  # so that all tokens are known when the next is chosen
     monkeypatch.setattr(serve, "sample", ends_its_reasoning(tokenizer, serve.sample))
     fields = {"max_output_tokens": 30, **LOGPROBS}
     whole = answer(server, **fields)
@@ -352,9 +354,12 @@ def ends_its_reasoning(tokenizer: object, sample: Callable) -> Callable:
     """Return a `sample` under which every answer's sixth and following tokens spell the end of reasoning."""
     end = tokenizer.encode("</think>", add_special_tokens=False)
 
-    def forced(logits: object, sequences: list[serve.Sequence]) -> list[serve.Token]:
-        return [serve.Token(end[place], token.logprob, token.top) if 0 <= (place := seq.num_generated_tokens - 5) < len(end)
-                else token for seq, token in zip(sequences, sample(logits, sequences))]
+    def forced(logits: object, sequences: list[serve.Sequence], *others: object) -> torch.Tensor:
+        chosen = sample(logits, sequences, *others)
+        for row, seq in enumerate(sequences):
+            if 0 <= (place := seq.num_generated_tokens - 5) < len(end):
+                chosen[row] = end[place]
+        return chosen
 
     return forced
 
