@@ -17,7 +17,7 @@ The life of a request, top to bottom of this file and back:
 
 Contents: Configuration · Paged KV cache · Sequences · Scheduler · Model · Runner · Fusion · Sampling · Structured output ·
 Engine · Batch engine · Model pool · Prompts · Deltas · HTTP · Sampling fields · MCP tools · Chat completions · Completions ·
-Responses · Audio transcriptions · Embeddings · Models, health, metrics · Chat page · Main.
+Stored responses · Responses · Audio transcriptions · Embeddings · Models, health, metrics · Chat page · Main.
 Each banner is the name of its test file.
 """
 from __future__ import annotations
@@ -4497,12 +4497,8 @@ class ToolServer:
             first = first.exceptions[0]
         self.client, self.tools, self.reason = None, [], f"{type(first).__name__}: {first}"
         log.warning("mcp %s: %s: %s", self.label, "lost" if self.status == "ready" else "cannot be started", self.reason)
-        if self.status == "ready":
-            self.status = "starting"
-            self.doubt()
-        else:
-            self.status = "failed"
-            self.settled.set()
+        self.status = "starting" if self.status == "ready" else "failed"
+        (self.doubt if self.status == "starting" else self.settled.set)()
 
     async def call(self, name: str, arguments: str) -> CallResult:
         """Run a tool. Whatever goes wrong is its result, for the model to read; to cancel this is to cancel the call."""
@@ -4743,14 +4739,12 @@ async def chat_completions() -> Response:
     use = tool_use([*(body.tools or []), *(tool.definition for tool in tools.values())], body.tool_choice,
                    body.parallel_tool_calls)
 
-    async def ask(messages: list[dict[str, Any]], sampling: SamplingParams, use: ToolUse) -> Turn:
-        render = functools.partial(render_chat, engine.model, messages, bool(body.continue_final_message), kwargs, use.offered)
-        return await converse(engine, render, sampling, use, answer, body.n or 1)
-
+    render = functools.partial(render_chat, engine.model, continue_final=bool(body.continue_final_message), kwargs=kwargs)
+    ask = functools.partial(converse, engine, render, answer, body.n or 1)
     messages = await fetch_media(body.messages, engine.model, app.settings.allowed_media_domain)
     streams, found = await take_turns(ask, messages, sampling, use, tools)
     chunks = chat_chunks(streams, without_calls(found, tools) if tools else found, body.include_usage)
-    return event_stream(chunks) if body.stream else json_response(await fold_chat(chunks))
+    return event_stream(chunks) if body.stream else json_response(await fold(chunks, "chat.completion"))
 
 
 async def own_tools(body: ChatRequest) -> dict[str, ServerTool]:
@@ -4774,17 +4768,21 @@ class ToolUse:
 Turn = tuple[TokenStream, AsyncIterator[Delta]]
 
 
-async def converse(engine: Engine | AdaptedEngine, render: Callable[[], Prompt], sampling: SamplingParams, use: ToolUse,
-                   answer: tuple[str, dict[str, Any]] | None, n: int = 1) -> Turn:
+async def converse(engine: Engine | AdaptedEngine, render: Callable[..., Prompt], answer: tuple[str, dict[str, Any]] | None,
+                   n: int, messages: list[dict[str, Any]], sampling: SamplingParams, use: ToolUse) -> Turn:
     """Put a conversation to a model: return the stream of n answers and the deltas, not yet in the queue, that it becomes.
 
     `answer` is the field that says what the answer must look like, and its grammar. Raises APIError 400, 429.
     """
-    prompt = await read_prompt(render)
+    prompt = await read_prompt(functools.partial(render, messages, tools=use.offered))
     form = answer_form(engine.model)
     enforced = use.forced or (use.offered if answer else [])
     if answer or enforced:
-        grammar = chat_grammar(engine.model, form, prompt, None if use.forced else answer, enforced, use.max_calls)
+        opens, closes = (prompt.opening.rfind(marker.strip()) for marker in form.markers or ("", ""))
+        markers = form.markers if opens >= closes else None  # else the reasoning is behind it
+        preamble = preamble_rules(engine.model.tokenizer, markers, opens > closes, form.header)
+        param, part = (not use.forced and answer) or ("tools", None)
+        grammar = answer_grammar(preamble, part, param, enforced, use.max_calls)
         sampling = replace(sampling, grammar=await engine.grammars.compile(grammar))
     template = response_template(form, live_calls(enforced) if enforced else form.calls if use.offered else {})
     make_reader = functools.partial(Reader, template, prompt.opening, use.offered, use.max_calls > 1)
@@ -4881,10 +4879,8 @@ def tool_use(tools: list[dict[str, Any]], choice: str | Tool | None, parallel: b
 def constraint(form: ResponseFormat | None, wanted: StructuredOutputs | None,
                param: str = "response_format") -> tuple[str, dict[str, Any]] | None:
     """Return the field that says what the answer must look like, and its grammar. Raises APIError 400."""
-    given = []
-    if wanted is not None:
-        kinds = [(name, getattr(wanted, name)) for name in wanted.__struct_fields__]
-        given = [(f"structured_outputs.{kind}", kind, value) for kind, value in kinds if value is not None]
+    kinds = msgspec.structs.asdict(wanted) if wanted else {}
+    given = [(f"structured_outputs.{kind}", kind, value) for kind, value in kinds.items() if value is not None]
     if form and form.type != "text":
         if form.json_schema is None and form.type == "json_schema":
             raise APIError(400, "The type json_schema needs a json_schema.", "invalid_value", f"{param}.json_schema")
@@ -4901,15 +4897,6 @@ def constraint(form: ResponseFormat | None, wanted: StructuredOutputs | None,
     if kind == "grammar":  # `compile_grammar` reads it
         return param, {"unread": value}
     return param, {"json": json_part, "regex": regex_part, "choice": choice_part}[kind](value)
-
-
-def chat_grammar(model: Model, form: AnswerForm, prompt: Prompt, answer: tuple[str, dict[str, Any]] | None,
-                 tools: list[dict[str, Any]], max_calls: int) -> Grammar:
-    """Return the grammar of a chat's answer, which starts where its reasoning ends."""
-    opens, closes = (prompt.opening.rfind(marker.strip()) for marker in form.markers or ("", ""))
-    rules = preamble_rules(model.tokenizer, form.markers if opens >= closes else None, opens > closes, form.header)
-    param, part = answer or ("tools", None)
-    return answer_grammar(rules, part, param, tools, max_calls)
 
 
 def template_kwargs(model: Model, effort: str | None, given: dict[str, Any] | None,
@@ -4991,24 +4978,32 @@ def logprob_entry(model: Model, token: Token) -> dict[str, Any]:
     return {**shown(token.id, token.logprob), "top_logprobs": [shown(id, logprob) for id, logprob in token.top]}
 
 
-async def fold_chat(chunks: AsyncIterator[dict[str, Any]]) -> dict[str, Any]:
-    """Fold the chunks of a stream into the answer that is not streamed."""
+async def fold(chunks: AsyncIterator[dict[str, Any]], kind: str) -> dict[str, Any]:
+    """Fold the chunks of a stream, of chat or text completions, into the answer that is not streamed."""
     choices: dict[int, dict[str, Any]] = {}
     async with aclosing(chunks):
         async for chunk in chunks:
             for part in chunk["choices"]:
-                choice = choices.setdefault(part["index"], {"index": part["index"], "message": {
-                    "role": "assistant", "content": "", "refusal": None}, "logprobs": None, "finish_reason": None})
-                fold_message(choice["message"], part["delta"])
-                choice["finish_reason"] = part["finish_reason"] or choice["finish_reason"]
-                if part["logprobs"]:
-                    choice["logprobs"] = choice["logprobs"] or {"content": [], "refusal": None}
-                    choice["logprobs"]["content"] += part["logprobs"]["content"]
-    for choice in choices.values():
-        if choice["message"].get("tool_calls") and not choice["message"]["content"]:
-            choice["message"]["content"] = None
-    head = {key: chunk[key] for key in ("id", "created", "model")}
-    return {**head, "object": "chat.completion", "choices": [choices[i] for i in sorted(choices)], "usage": chunk["usage"]}
+                fold_choice(choices.setdefault(part["index"], {"index": part["index"], "logprobs": None}), part)
+    for message in (choice.get("message", {}) for choice in choices.values()):
+        if message.get("tool_calls") and not message["content"]:
+            message["content"] = None
+    return {**chunk, "object": kind, "choices": [choices[i] for i in sorted(choices)]}
+
+
+def fold_choice(choice: dict[str, Any], part: dict[str, Any]) -> None:
+    """Add a choice of a chunk to the same choice of the answer."""
+    if "delta" in part:
+        fold_message(choice.setdefault("message", {"role": "assistant", "content": "", "refusal": None}), part["delta"])
+    else:
+        choice["text"] = choice.get("text", "") + part["text"]
+    choice["finish_reason"] = part["finish_reason"]
+    if choice["logprobs"] is None:
+        choice["logprobs"] = part["logprobs"]
+    else:
+        for name, values in (part["logprobs"] or {}).items():
+            if values is not None:
+                choice["logprobs"][name] += values
 
 
 def fold_message(message: dict[str, Any], delta: dict[str, Any]) -> None:
@@ -5077,7 +5072,7 @@ async def completions() -> Response:
     prompts = await read_prompt(read_prompts, engine.model, texts, body.add_special_tokens is not False)
     stream = engine.submit(prompts, sampling, body.n or 1)
     chunks = completion_chunks(stream, texts if body.echo else [], body.include_usage)
-    return event_stream(chunks) if body.stream else json_response(await fold_completion(chunks))
+    return event_stream(chunks) if body.stream else json_response(await fold(chunks, "text_completion"))
 
 
 def split_prompt(prompt: str | list, param: str = "prompt") -> list[str | list[int]]:
@@ -5184,26 +5179,11 @@ async def completion_chunks(stream: TokenStream, echoes: list[str | list[int]], 
         yield {**head, "choices": [], "usage": usage([stream], completion_tokens)}
 
 
-async def fold_completion(chunks: AsyncIterator[dict[str, Any]]) -> dict[str, Any]:
-    """Fold the chunks of a stream into the answer that is not streamed."""
-    choices: dict[int, dict[str, Any]] = {}
-    async with aclosing(chunks):
-        async for chunk in chunks:
-            for part in chunk["choices"]:
-                choice = choices.setdefault(part["index"], {**part, "text": "", "logprobs": None})
-                choice["text"] += part["text"]
-                choice["finish_reason"] = part["finish_reason"]
-                choice["logprobs"] = choice["logprobs"] or part["logprobs"] and {name: [] for name in part["logprobs"]}
-                for name, values in (part["logprobs"] or {}).items():
-                    choice["logprobs"][name] += values
-    return {**chunk, "choices": [choices[i] for i in sorted(choices)]}
-
-
 MAX_TOKENIZED = 4 << 20  # characters
 
 
 class TokenizeRequest(msgspec.Struct):
-    prompt: str
+    prompt: Annotated[str, Meta(max_length=MAX_TOKENIZED)]
     model: str | None = None
     add_special_tokens: bool | None = None
     messages: Any = None
@@ -5211,7 +5191,7 @@ class TokenizeRequest(msgspec.Struct):
 
 
 class DetokenizeRequest(msgspec.Struct):
-    tokens: TokenIds
+    tokens: Annotated[TokenIds, Meta(max_length=MAX_TOKENIZED // 16)]
     model: str | None = None
 
 
@@ -5220,9 +5200,6 @@ class DetokenizeRequest(msgspec.Struct):
 async def tokenize_text() -> Response:
     """Answer with the token ids of a text, of more than fits a prompt too."""
     body = await read_body(TokenizeRequest)
-    if len(body.prompt) > MAX_TOKENIZED:
-        raise APIError(400, f"The prompt has {len(body.prompt)} characters, and at most {MAX_TOKENIZED} are taken.",
-                       "invalid_value", "prompt")
     refuse(body, {"messages": (), "return_token_strs": (False,)})
     engine = await app.models.get(body.model, KINDS)
     read = functools.partial(engine.model.tokenizer, body.prompt, add_special_tokens=body.add_special_tokens is not False)
@@ -5235,9 +5212,6 @@ async def tokenize_text() -> Response:
 async def detokenize() -> Response:
     """Answer with the text of token ids, special ones included."""
     body = await read_body(DetokenizeRequest)
-    if len(body.tokens) > MAX_TOKENIZED // 16:
-        raise APIError(400, f"There are {len(body.tokens)} token ids, and at most {MAX_TOKENIZED // 16} are taken.",
-                       "invalid_value", "tokens")
     model = (await app.models.get(body.model, KINDS)).model
     if max(body.tokens, default=0) >= model.vocab_size:
         raise APIError(400, f"tokens has a token id outside the vocabulary of {model.vocab_size}.", "invalid_value", "tokens")
@@ -5253,8 +5227,196 @@ async def tokenizer_info() -> Response:
     return json_response({"tokenizer_class": type(tokenizer).__name__, **{name: getattr(tokenizer, name) for name in names}})
 
 
+# ── Stored responses ──────────────────────────────────────────────────────────────────────────────────────────────────
+# What was answered, and what is being answered in the background: kept, continued, followed, cancelled and forgotten.
+
+UNFINISHED = ("queued", "in_progress")
+STORED_RESPONSES, STORED_BYTES = 4096, 256 << 20
+SCHEMA = """
+    PRAGMA journal_mode = WAL;
+    PRAGMA synchronous = NORMAL;  -- a commit survives the process, if not the machine
+    CREATE TABLE IF NOT EXISTS responses
+        (id TEXT PRIMARY KEY, used REAL, size INTEGER, response TEXT, items TEXT, frames BLOB);
+"""
+EVICT = """
+    DELETE FROM responses WHERE id IN (SELECT id FROM (
+        SELECT id, count(*) OVER newest AS number, sum(size) OVER newest AS bytes FROM responses
+        WINDOW newest AS (ORDER BY used DESC, id ROWS UNBOUNDED PRECEDING)) WHERE number > ? OR bytes > ?)
+"""
+
+
+@dataclass(slots=True, eq=False)
+class LiveResponse:
+    """A response that is made or looked at: itself, its own input, and its events as they are sent."""
+
+    response: dict[str, Any]
+    items: list[dict[str, Any]] = field(default_factory=list)
+    frames: list[bytes] = field(default_factory=list)
+    ended: bool = False
+    error: APIError | None = None
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    changed: trio.Event = field(default_factory=trio.Event)
+
+    async def add(self, event: dict[str, Any]) -> bytes:
+        """Return an event as it is sent, and let followers have it; what has ended is kept first."""
+        body = encode({**event, "sequence_number": len(self.frames)})
+        frame = b"event: %s\ndata: %s\n\n" % (event["type"].encode(), body)
+        ended = self.response["status"] not in UNFINISHED
+        if ended and self.response["store"]:
+            await app.responses.save(self.response, self.items, [*self.frames, frame])
+        self.frames.append(frame)
+        self.ended = ended
+        self.changed.set()
+        self.changed = trio.Event()
+        return frame
+
+
+def item_id(kind: str, response_id: str, place: str | int) -> str:
+    """Return the id of a response's item, which tells whose it is and where: in the output, or after an i in the input."""
+    prefixes = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco", "mcp_call": "mcp",
+                "mcp_list_tools": "mcpl", "mcp_approval_request": "mcpr", "mcp_approval_response": "mcpa"}
+    return f"{prefixes.get(kind, kind)}_{response_id.partition('_')[2]}_{place}"
+
+
+class ResponseStore:
+    """What was answered, in SQLite: in memory, or in a file that outlives the server. Least recently used out first."""
+
+    def __init__(self, path: str | None) -> None:
+        self.turn = trio.CapacityLimiter(1)
+        try:
+            self.database = sqlite3.connect(path or ":memory:", isolation_level=None, check_same_thread=False)
+            self.database.executescript(SCHEMA)
+        except sqlite3.Error as error:
+            raise APIError(500, f"--response-store: {path}: {error}") from error
+
+    async def run(self, sql: str, *values: Any) -> list[tuple]:
+        """Run one statement, off the event loop."""
+        return await trio.to_thread.run_sync(lambda: self.database.execute(sql, values).fetchall(), limiter=self.turn)
+
+    async def save(self, response: dict[str, Any], items: list[dict[str, Any]], frames: list[bytes]) -> None:
+        """Keep a response, and no more of the others than there is room for."""
+        texts = encode(response).decode(), encode(items).decode()
+        packed = await trio.to_thread.run_sync(zlib.compress, b"".join(frames), 1)
+        try:
+            await self.run("INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?, ?, ?)", response["id"], time.time(),
+                           sum(map(len, texts)) + len(packed), *texts, packed)
+            await self.run(EVICT, STORED_RESPONSES, STORED_BYTES)
+        except sqlite3.Error as error:  # a full disk is no reason to withhold an answer
+            log.error("a response was not stored: %s", error)
+
+    async def load(self, id: str, param: str = "response_id") -> LiveResponse:
+        """Return a response that is being made or was kept. Raises APIError 404."""
+        if id in app.live:
+            return app.live[id]
+        rows = await self.run("UPDATE responses SET used = ? WHERE id = ? RETURNING response, items", time.time(), id)
+        if not rows:
+            raise APIError(404, f"There is no response {id!r}, or not any more.", "response_not_found", param)
+        response, items = map(msgspec.json.decode, rows[0])
+        if response["status"] in UNFINISHED:  # nobody is at it: the server was killed
+            response |= {"status": "failed", "error": {"code": "server_error", "message": "The server ended first."}}
+        return LiveResponse(response, items, ended=True)
+
+    async def conversation(self, id: str | None, param: str) -> list[dict[str, Any]]:
+        """Return the items of a response and of all that it continues, oldest first. Raises APIError 400, 404."""
+        turns: list[list[dict[str, Any]]] = []
+        while id is not None:
+            kept = await self.load(id, param)
+            if not kept.ended:
+                raise APIError(400, f"The response {id!r} is still being made.", "invalid_value", param)
+            turns.append(kept.items + kept.response["output"])
+            id = kept.response["previous_response_id"]
+        return list(itertools.chain.from_iterable(reversed(turns)))
+
+    async def item(self, id: str) -> dict[str, Any]:
+        """Return an item of a response that was kept. Raises APIError 404."""
+        if owner := re.fullmatch(r"[a-z]+_([0-9a-f]{32})_i?\d+", id):
+            kept = await self.load(f"resp_{owner[1]}", "input")
+            for item in kept.items + kept.response["output"]:
+                if item["id"] == id:
+                    return item
+        raise APIError(404, f"There is no item {id!r}.", "item_not_found", "input")
+
+
+async def followed(live: LiveResponse, start: int) -> AsyncIterator[bytes]:
+    """Yield the events of a response from a number on, as they come."""
+    while start < len(live.frames) or not live.ended:
+        if start < len(live.frames):
+            yield live.frames[start]
+            start += 1
+        else:
+            await live.changed.wait()
+
+
+class ResponseQuery(msgspec.Struct):
+    stream: bool = False
+    starting_after: Annotated[int, Meta(ge=0)] = -1
+    after: str | None = None
+    limit: Annotated[int, Meta(ge=1, le=100)] = 20
+    order: Literal["asc", "desc"] = "desc"
+
+
+def read_query() -> ResponseQuery:
+    """Return the URL's query. Raises APIError 400."""
+    try:
+        return msgspec.convert(request.args.to_dict(), ResponseQuery, strict=False)
+    except msgspec.ValidationError as error:
+        raise invalid_field(error) from None
+
+
+@app.get("/v1/responses/<id>")
+async def retrieve_response(id: str) -> Response:
+    """Answer with a response as it is, or with its events after a number."""
+    live = await app.responses.load(id)
+    query = read_query()
+    if not query.stream:
+        return json_response(live.response)
+    for [packed] in await app.responses.run("SELECT frames FROM responses WHERE id = ?", id) if live.ended else ():
+        live.frames = [frame + b"\n\n" for frame in zlib.decompress(packed).split(b"\n\n")[:-1]]
+    return event_stream(followed(live, query.starting_after + 1), end=b"")
+
+
+@app.delete("/v1/responses/<id>")
+async def delete_response(id: str) -> Response:
+    """Forget a response, ending it if it is being made."""
+    await stop_response(await app.responses.load(id))
+    await app.responses.run("DELETE FROM responses WHERE id = ?", id)
+    return json_response({"id": id, "object": "response", "deleted": True})
+
+
+@app.post("/v1/responses/<id>/cancel")
+async def cancel_response(id: str) -> Response:
+    """End a background response; one that has ended stays as it is."""
+    live = await app.responses.load(id)
+    if not live.response["background"]:
+        raise APIError(400, "Only background responses can be cancelled.", "invalid_value", "response_id")
+    await stop_response(live)
+    return json_response(live.response)
+
+
+async def stop_response(live: LiveResponse) -> None:
+    live.scope.cancel()
+    while not live.ended:
+        await live.changed.wait()
+
+
+@app.get("/v1/responses/<id>/input_items")
+async def list_input_items(id: str) -> Response:
+    """List the items that a response answers, those of the responses it continues among them; the newest first."""
+    live, query = await app.responses.load(id), read_query()
+    items = await app.responses.conversation(live.response["previous_response_id"], "response_id") + live.items
+    items = items if query.order == "asc" else items[::-1]
+    ids = [item["id"] for item in items]
+    if query.after is not None and query.after not in ids:
+        raise APIError(404, f"There is no item {query.after!r}.", "item_not_found", "after")
+    start = 0 if query.after is None else ids.index(query.after) + 1
+    end = start + query.limit
+    first, last = (ids[start:end] or [None])[0], (ids[start:end] or [None])[-1]
+    return json_response({"object": "list", "data": items[start:end], "first_id": first, "last_id": last,
+                          "has_more": end < len(items)})
+
+
 # ── Responses ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-# POST /v1/responses, and what is kept of them: items become messages, deltas become events, the answer is the last event's.
+# POST /v1/responses: items become messages, deltas become events, and the answer is what the last event shows.
 
 RESPONSE_REFUSED = REFUSED | {
     "n": (1,), "max_tokens": (), "max_completion_tokens": (), "prompt": (), "conversation": (), "moderation": (),
@@ -5311,135 +5473,16 @@ class ResponseRequest(ResponseRefused, kw_only=True):
     user: str | None = None
 
 
-UNFINISHED = ("queued", "in_progress")
-STORED_RESPONSES, STORED_BYTES = 4096, 256 << 20
-SCHEMA = """
-    PRAGMA journal_mode = WAL;
-    PRAGMA synchronous = NORMAL;  -- a commit survives the process, if not the machine
-    CREATE TABLE IF NOT EXISTS responses
-        (id TEXT PRIMARY KEY, used REAL, size INTEGER, response TEXT, items TEXT, frames BLOB);
-"""
-EVICT = """
-    DELETE FROM responses WHERE id IN (SELECT id FROM (
-        SELECT id, count(*) OVER newest AS number, sum(size) OVER newest AS bytes FROM responses
-        WINDOW newest AS (ORDER BY used DESC, id ROWS UNBOUNDED PRECEDING)) WHERE number > ? OR bytes > ?)
-"""
-
-
-@dataclass(slots=True, eq=False)
-class LiveResponse:
-    """A response that is made or looked at: itself, its own input, and its events as they are sent."""
-
-    response: dict[str, Any]
-    items: list[dict[str, Any]] = field(default_factory=list)
-    frames: list[bytes] = field(default_factory=list)
-    ended: bool = False
-    error: APIError | None = None
-    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    changed: trio.Event = field(default_factory=trio.Event)
-
-    async def add(self, event: dict[str, Any]) -> bytes:
-        """Return an event as it is sent, and let followers have it; what has ended is kept first."""
-        body = encode({**event, "sequence_number": len(self.frames)})
-        frame = b"event: %s\ndata: %s\n\n" % (event["type"].encode(), body)
-        ended = self.response["status"] not in UNFINISHED
-        if ended and self.response["store"]:
-            await app.responses.save(self.response, self.items, [*self.frames, frame])
-        self.frames.append(frame)
-        self.ended = ended
-        self.changed.set()
-        self.changed = trio.Event()
-        return frame
-
-
-class ResponseStore:
-    """What was answered, in SQLite: in memory, or in a file that outlives the server. Least recently used out first."""
-
-    def __init__(self, path: str | None) -> None:
-        self.turn = trio.CapacityLimiter(1)
-        try:
-            self.database = sqlite3.connect(path or ":memory:", isolation_level=None, check_same_thread=False)
-            self.database.executescript(SCHEMA)
-        except sqlite3.Error as error:
-            raise APIError(500, f"--response-store: {path}: {error}") from error
-
-    async def run(self, sql: str, *values: Any) -> list[tuple]:
-        """Run one statement, off the event loop."""
-        return await trio.to_thread.run_sync(lambda: self.database.execute(sql, values).fetchall(), limiter=self.turn)
-
-    async def save(self, response: dict[str, Any], items: list[dict[str, Any]], frames: list[bytes]) -> None:
-        """Keep a response, and no more of the others than there is room for."""
-        texts = encode(response).decode(), encode(items).decode()
-        packed = await trio.to_thread.run_sync(zlib.compress, b"".join(frames), 1)
-        try:
-            await self.run("INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?, ?, ?)", response["id"], time.time(),
-                           sum(map(len, texts)) + len(packed), *texts, packed)
-            await self.run(EVICT, STORED_RESPONSES, STORED_BYTES)
-        except sqlite3.Error as error:  # a full disk is no reason to withhold an answer
-            log.error("a response was not stored: %s", error)
-
-    async def load(self, id: str, param: str = "response_id") -> LiveResponse:
-        """Return a response that is being made or was kept. Raises APIError 404."""
-        if id in app.live:
-            return app.live[id]
-        rows = await self.run("UPDATE responses SET used = ? WHERE id = ? RETURNING response, items", time.time(), id)
-        if not rows:
-            raise APIError(404, f"There is no response {id!r}, or not any more.", "response_not_found", param)
-        response, items = map(msgspec.json.decode, rows[0])
-        if response["status"] in UNFINISHED:  # nobody is at it: the server was killed
-            response |= {"status": "failed", "error": {"code": "server_error", "message": "The server ended first."}}
-        return LiveResponse(response, items, ended=True)
-
-    async def conversation(self, id: str | None, param: str) -> list[dict[str, Any]]:
-        """Return the items of a response and of all that it continues, oldest first. Raises APIError 400, 404."""
-        turns: list[list[dict[str, Any]]] = []
-        while id is not None:
-            kept = await self.load(id, param)
-            if not kept.ended:
-                raise APIError(400, f"The response {id!r} is still being made.", "invalid_value", param)
-            turns.append(kept.items + kept.response["output"])
-            id = kept.response["previous_response_id"]
-        return list(itertools.chain.from_iterable(reversed(turns)))
-
-    async def item(self, id: str) -> dict[str, Any]:
-        """Return an item of a response that was kept. Raises APIError 404."""
-        owner = re.fullmatch(r"[a-z]+_([0-9a-f]{32})_i?\d+", id)
-        kept = await self.load(f"resp_{owner[1]}", "input") if owner else None
-        for item in [*kept.items, *kept.response["output"]] if kept else ():
-            if item["id"] == id:
-                return item
-        raise APIError(404, f"There is no item {id!r}.", "item_not_found", "input")
-
-
 @app.post("/v1/responses")
 @takes(ResponseRequest)
 async def create_response() -> Response:
     """Answer a conversation, of whose beginning the id of an earlier response may be all that is sent."""
     body = await read_body(ResponseRequest)
     refuse(body, RESPONSE_REFUSED)
-    body.text, body.reasoning = body.text or TextOptions(), body.reasoning or ReasoningOptions()
-    body.max_tokens = body.max_output_tokens
-    logprobs = "message.output_text.logprobs" in (body.include or ())
-    if body.top_logprobs and not logprobs:
-        raise APIError(400, "top_logprobs needs message.output_text.logprobs in include.", "invalid_value", "top_logprobs")
     if body.background and body.store is False:
         raise APIError(400, "background needs store: it is read from there.", "invalid_value", "background")
-    engine = await app.models.get(body.model)
-    sampling = sampling_params(body, engine.model, (body.top_logprobs or 0) if logprobs else None)
-    live = LiveResponse(new_response(body, engine.model, sampling))
-    past = await app.responses.conversation(body.previous_response_id, "previous_response_id")
-    live.items = await read_input(body.input, live.response["id"])
     with own_params():
-        messages = await fetch_media(read_items(past, live.items, body.instructions), engine.model,
-                                     app.settings.allowed_media_domain)
-    asked = [converted(tool, McpTools, f"tools[{i}]") for i, tool in enumerate(body.tools or ()) if tool.get("type") == "mcp"]
-    tools, lists = await mcp_tools(asked, [tool.get("name") for tool in body.tools or ()])
-    known = [item.get("server_label") for item in past + live.items if item["type"] == "mcp_list_tools"]
-    lists = [listed for listed in lists if listed["server_label"] not in known]
-    approved = approved_calls(past + live.items, tools)
-    streams, found = await take_turns(functools.partial(response_turn, engine, body), messages, sampling,
-                                      response_tools(body, tools), tools, body.max_tool_calls or MAX_SERVER_CALLS, approved)
-    events = told(live, response_events(live.response, streams, found, tools, lists, approved))
+        live, events = await begin_response(body)
     if body.background:
         await app.responses.save(live.response, live.items, [])
         app.live[live.response["id"]] = live
@@ -5455,19 +5498,44 @@ async def create_response() -> Response:
     return json_response(live.response)
 
 
-async def response_turn(engine: Engine | AdaptedEngine, body: ResponseRequest, messages: list[dict[str, Any]],
-                        sampling: SamplingParams, use: ToolUse) -> Turn:
-    """Put a response's conversation to the model. Raises APIError 400, 429."""
+async def begin_response(body: ResponseRequest) -> tuple[LiveResponse, AsyncIterator[bytes]]:
+    """Put a request to the model: return its response, and the events, as they are sent, by which that is made.
+
+    Raises APIError 400, 404, 429.
+    """
+    body.text, body.reasoning = body.text or TextOptions(), body.reasoning or ReasoningOptions()
+    body.max_tokens = body.max_output_tokens
+    logprobs = "message.output_text.logprobs" in (body.include or ())
+    if body.top_logprobs and not logprobs:
+        raise APIError(400, "top_logprobs needs message.output_text.logprobs in include.", "invalid_value", "top_logprobs")
+    engine = await app.models.get(body.model)
+    sampling = sampling_params(body, engine.model, (body.top_logprobs or 0) if logprobs else None)
+    answer = text_constraint(body.text.format or TextFormat("text"))
     kwargs = template_kwargs(engine.model, body.reasoning.effort, body.chat_template_kwargs, "reasoning.effort")
-    form = body.text.format or TextFormat("text")
+    live = LiveResponse(new_response(body, engine.model, sampling))
+    past = await app.responses.conversation(body.previous_response_id, "previous_response_id")
+    live.items = await read_input(body.input, live.response["id"])
+    messages = await fetch_media(read_items(past, live.items, body.instructions), engine.model,
+                                 app.settings.allowed_media_domain)
+    asked = [converted(tool, McpTools, f"tools[{i}]") for i, tool in enumerate(body.tools or ()) if tool.get("type") == "mcp"]
+    tools, lists = await mcp_tools(asked, [tool.get("name") for tool in body.tools or ()])
+    known = [item.get("server_label") for item in past + live.items if item["type"] == "mcp_list_tools"]
+    lists = [listed for listed in lists if listed["server_label"] not in known]
+    approved = approved_calls(past + live.items, tools)
+    render = functools.partial(render_chat, engine.model, continue_final=False, kwargs=kwargs)
+    if body.truncation == "auto":
+        render = functools.partial(render_fitting, render, engine.max_len, body.instructions is not None)
+    ask = functools.partial(converse, engine, render, answer, 1)
+    streams, found = await take_turns(ask, messages, sampling, response_tools(body, tools), tools,
+                                      body.max_tool_calls or MAX_SERVER_CALLS, approved)
+    return live, told(live, response_events(live.response, streams, found, tools, lists, approved))
+
+
+def text_constraint(form: TextFormat) -> tuple[str, dict[str, Any]] | None:
+    """Return what `constraint` does, of this API's field. Raises APIError 400."""
     if form.type == "json_schema" and (form.name is None or form.schema is None):
         raise APIError(400, "The type json_schema needs a name and a schema.", "invalid_value", "text.format")
-    answer = constraint(ResponseFormat(form.type, JSONSchema(form.schema)), None, "text.format")
-    with own_params():
-        render = functools.partial(render_chat, engine.model, continue_final=False, kwargs=kwargs, tools=use.offered)
-        if body.truncation == "auto":
-            render = functools.partial(render_fitting, render, engine.max_len, body.instructions is not None)
-        return await converse(engine, functools.partial(render, messages), sampling, use, answer)
+    return constraint(ResponseFormat(form.type, JSONSchema(form.schema)), None, "text.format")
 
 
 @contextmanager
@@ -5522,14 +5590,6 @@ def meant(choice: dict[str, Any], tools: dict[str, ServerTool]) -> list[str]:
         return [choice.get("name")]
     return [name for name, tool in tools.items() if tool.server.label == choice["server_label"]
             and choice.get("name") in (None, tool.listed.name)]
-
-
-def item_id(kind: str, response_id: str, place: str | int) -> str:
-    """Return the id of a response's item, which tells whose it is."""
-    prefixes = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco", "mcp_call": "mcp",
-                "mcp_list_tools": "mcpl", "mcp_approval_request": "mcpr", "mcp_approval_response": "mcpa"}
-    prefix = prefixes.get(kind, kind)
-    return f"{prefix}_{response_id.partition('_')[2]}_{place}"
 
 
 async def read_input(given: str | list[dict[str, Any]], response_id: str) -> list[dict[str, Any]]:
@@ -5654,24 +5714,190 @@ def response_tools(body: ResponseRequest, own: dict[str, ServerTool]) -> ToolUse
             tools = [tool for tool in tools if tool["function"].get("name") in names]
         case other:
             raise APIError(400, f"tool_choice {other!r} is not supported here.", "invalid_value", "tool_choice")
-    with own_params():
-        return tool_use(tools, choice, body.parallel_tool_calls)
+    return tool_use(tools, choice, body.parallel_tool_calls)
 
 
-def render_fitting(render: Callable[[list], Prompt], max_len: int, kept: int, messages: list[dict[str, Any]]) -> Prompt:
+def render_fitting(render: Callable[..., Prompt], max_len: int, kept: int, messages: list[dict[str, Any]],
+                   tools: list[dict[str, Any]]) -> Prompt:
     """Render messages without as many of the oldest, but for the first `kept`, as it takes to fit."""
     starts = [i for i in range(kept, len(messages)) if messages[i]["role"] != "tool"]
 
     def fits(start: int) -> bool:
         try:
-            return len(render(messages[:kept] + messages[start:]).token_ids) < max_len
+            return len(render(messages[:kept] + messages[start:], tools=tools).token_ids) < max_len
         except APIError as error:
             if error.code != "context_length_exceeded":
                 raise
             return False
 
     first = starts[min(bisect.bisect_left(starts, True, key=fits), len(starts) - 1)]
-    return render(messages[:kept] + messages[first:])
+    return render(messages[:kept] + messages[first:], tools=tools)
+
+
+def item_kind(piece: Piece, tools: dict[str, ServerTool]) -> str:
+    """Return the type of the item that a piece begins."""
+    if piece.kind != "call":
+        return {"content": "message", "reasoning": "reasoning"}[piece.kind]
+    if piece.text not in tools:
+        return "function_call"
+    return "mcp_approval_request" if tools[piece.text].needs_approval else "mcp_call"
+
+
+def new_item(kind: str, id: str, name: str, tools: dict[str, ServerTool]) -> dict[str, Any]:
+    """Return an item with nothing in it yet; a call's has its name."""
+    item = {"id": id, "type": kind, "status": "in_progress"}
+    match kind:
+        case "message":
+            return {**item, "role": "assistant", "content": []}
+        case "reasoning":
+            return {**item, "summary": [], "content": []}
+        case "function_call":
+            return {**item, "call_id": f"call_{uuid.uuid4().hex[:9]}", "name": name, "arguments": ""}
+    own = {"server_label": tools[name].server.label, "name": tools[name].listed.name, "arguments": ""}
+    if kind == "mcp_call":
+        return {**item, **own, "output": None, "error": None, "approval_request_id": None}
+    return {"id": id, "type": kind, **own}
+
+
+def item_event(kind: str, item: dict[str, Any]) -> dict[str, Any]:
+    """Return an event that shows an item, whose place is the end of its id."""
+    return {"type": f"response.output_item.{kind}", "output_index": int(item["id"].rpartition("_")[2]), "item": item}
+
+
+def part_event(kind: str, item: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """Return an event of something about an item."""
+    place = {"item_id": item["id"], "output_index": int(item["id"].rpartition("_")[2])}
+    return {"type": f"response.{kind}", **place, **({"content_index": 0} if "content" in item else {}), **fields}
+
+
+def opening(item: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    """Yield the events that begin an item."""
+    yield item_event("added", item)
+    if item["type"] in ("mcp_call", "mcp_list_tools"):
+        yield part_event(f"{item['type']}.in_progress", item)
+    elif "content" in item:
+        own = {"annotations": [], "logprobs": []} if item["type"] == "message" else {}
+        item["content"].append({"type": "output_text" if own else "reasoning_text", "text": "", **own})
+        yield part_event("content_part.added", item, part=item["content"][0])
+
+
+def addition(item: dict[str, Any], text: str, logprobs: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    """Add text to an item, and yield the event, if there is one for it."""
+    if "arguments" in item:
+        item["arguments"] += text
+        if item["type"] != "mcp_approval_request":
+            yield part_event(f"{item['type']}_arguments.delta", item, delta=text)
+        return
+    [part] = item["content"]
+    part["text"] += text
+    own = {"logprobs": logprobs} if "logprobs" in part else {}
+    part.get("logprobs", []).extend(logprobs)
+    yield part_event(f"{part['type']}.delta", item, delta=text, **own)
+
+
+def closing(item: dict[str, Any], status: str) -> Iterable[dict[str, Any]]:
+    """Yield the events that end an item; a call that may be run here is not done before that."""
+    for part in item.get("content", ()):
+        own = {name: part[name] for name in ("text", "logprobs") if name in part}
+        yield part_event(f"{part['type']}.done", item, **own)
+        yield part_event("content_part.done", item, part=part)
+    if item["type"] in ("function_call", "mcp_call"):
+        yield part_event(f"{item['type']}_arguments.done", item, arguments=item["arguments"])
+    if item["type"] != "mcp_call":
+        item |= {"status": status} if "status" in item else {}
+        yield item_event("done", item)
+
+
+def list_events(response: dict[str, Any], listed: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    """Add the list of a server's tools to the response, and yield the events."""
+    item = {"id": item_id("mcp_list_tools", response["id"], len(response["output"])), **listed, "tools": [], "error": None}
+    response["output"].append(item)
+    yield from opening(item)
+    item |= listed
+    yield part_event("mcp_list_tools." + ("failed" if item["error"] else "completed"), item)
+    yield item_event("done", item)
+
+
+def run_events(item: dict[str, Any], result: CallResult) -> Iterable[dict[str, Any]]:
+    """Yield the events that end a call which was run here, with what came of it."""
+    error = {"type": "mcp_tool_execution_error", "content": [{"type": "text", "text": result.text}]}
+    item |= {"status": "failed", "error": error} if result.is_error else {"status": "completed", "output": result.text}
+    yield part_event(f"mcp_call.{item['status']}", item)
+    yield item_event("done", item)
+
+
+async def response_usage(streams: list[TokenStream], output_tokens: int, output: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the token counts of a response's turns; those of its reasoning are of the text that it has."""
+    model, prompts = streams[0].engine.model, usage(streams, output_tokens)
+    thoughts = "".join(item["content"][0]["text"] for item in output if item["type"] == "reasoning")
+    reasoning = await read_prompt(tokenize, model, thoughts, False) if thoughts else []
+    return {"input_tokens": prompts["prompt_tokens"], "output_tokens": output_tokens, "total_tokens": prompts["total_tokens"],
+            "input_tokens_details": {**prompts["prompt_tokens_details"], "cache_write_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": min(len(reasoning), output_tokens)}}
+
+
+async def answer_events(response: dict[str, Any], streams: list[TokenStream], found: AsyncIterator[Delta | CallResult],
+                        tools: dict[str, ServerTool], approved: list[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
+    """Yield the events of an answer, turn by turn, and add its items and its tokens to the response."""
+    output, num_tokens = response["output"], 0
+    item: dict[str, Any] | None = None  # the one that is being written
+    unsaid: list[Token] = []  # those whose text is held back
+    calls: deque[dict[str, Any]] = deque()  # the items of those that may be run
+
+    def begin(kind: str, name: str) -> Iterable[dict[str, Any]]:
+        nonlocal item
+        yield from end()
+        item = new_item(kind, item_id(kind, response["id"], len(output)), name, tools)
+        output.append(item)
+        calls.extend([item] if kind == "mcp_call" else ())
+        yield from opening(item)
+
+    def end(status: str = "completed") -> Iterable[dict[str, Any]]:
+        nonlocal item
+        if item:
+            yield from closing(item, status)
+        item = None
+
+    def write(part: Delta) -> Iterable[dict[str, Any]]:
+        [seq], model = streams[-1].sequences, streams[-1].engine.model
+        unsaid.extend(part.tokens if seq.sampling.logprobs is not None else ())
+        pieces = part.pieces
+        if part.finish_reason and not pieces and (item is None or unsaid and item["type"] == "message"):
+            pieces = (Piece("content", ""),)
+        for piece in pieces:
+            kind = item["type"] if piece.kind == "arguments" else item_kind(piece, tools)
+            if item is None or item["type"] != kind or piece.kind == "call":
+                yield from begin(kind, piece.text)
+            if piece.kind != "call":
+                yield from addition(item, piece.text, [logprob_entry(model, token) for token in unsaid])
+            unsaid.clear()
+        if part.finish_reason == "length":
+            response["incomplete_details"] = {"reason": "max_output_tokens"}
+
+    def begin_approved() -> Iterable[dict[str, Any]]:
+        for call in approved:
+            yield from begin("mcp_call", call["function"]["name"])
+            item["approval_request_id"] = call["approval_request_id"]
+            yield from addition(item, call["function"]["arguments"], [])
+        yield from end()
+
+    for event in begin_approved():
+        yield event
+    async with aclosing(found):
+        async for part in found:
+            if isinstance(part, CallResult):
+                events = itertools.chain(end(), run_events(calls.popleft(), part))
+            else:
+                num_tokens += part.num_tokens
+                events = write(part)
+            for event in events:
+                yield event
+    for event in end("incomplete" if response["incomplete_details"] else "completed"):
+        yield event
+    for call in calls:  # there were too many, or others for the client to answer
+        call["status"] = "incomplete"
+        yield item_event("done", call)
+    response["usage"] = await response_usage(streams, num_tokens, output)
 
 
 async def response_events(response: dict[str, Any], streams: list[TokenStream], found: AsyncIterator[Delta | CallResult],
@@ -5692,161 +5918,6 @@ async def response_events(response: dict[str, Any], streams: list[TokenStream], 
     cut = response["incomplete_details"] is not None
     response |= {"status": "incomplete"} if cut else {"status": "completed", "completed_at": int(time.time())}
     yield {"type": f"response.{response['status']}", "response": response}
-
-
-def list_events(response: dict[str, Any], listed: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    """Add the list of a server's tools to the response, and yield the events."""
-    index = len(response["output"])
-    item = {"id": item_id("mcp_list_tools", response["id"], index), **listed, "tools": [], "error": None}
-    response["output"].append(item)
-    yield from opening(item, index)
-    item |= listed
-    yield {"type": "response.mcp_list_tools." + ("failed" if item["error"] else "completed"), **place(item, index)}
-    yield {"type": "response.output_item.done", "output_index": index, "item": item}
-
-
-async def answer_events(response: dict[str, Any], streams: list[TokenStream], found: AsyncIterator[Delta | CallResult],
-                        tools: dict[str, ServerTool], approved: list[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
-    """Yield the events of an answer, turn by turn, and add its items and its tokens to the response."""
-    output, num_tokens = response["output"], 0
-    item: dict[str, Any] | None = None  # the one that is being written
-    unsaid: list[Token] = []  # those whose text is held back
-    calls: deque[dict[str, Any]] = deque()  # the items of those that may be run
-
-    def begin(kind: str, name: str) -> Iterable[dict[str, Any]]:
-        nonlocal item
-        item = new_item(kind, item_id(kind, response["id"], len(output)), name, tools)
-        output.append(item)
-        calls.extend([item] if kind == "mcp_call" else ())
-        return opening(item, len(output) - 1)
-
-    def end(status: str = "completed") -> Iterable[dict[str, Any]]:
-        nonlocal item
-        ended, item = item, None
-        return closing(ended, len(output) - 1, status) if ended else ()
-
-    for call in approved:
-        for event in begin("mcp_call", call["function"]["name"]):
-            yield event
-        item["approval_request_id"] = call["approval_request_id"]
-        yield addition(item, len(output) - 1, call["function"]["arguments"], [])
-        for event in end():
-            yield event
-    async with aclosing(found):
-        async for part in found:
-            if isinstance(part, CallResult):
-                for event in itertools.chain(end(), run_events(call := calls.popleft(), output.index(call), part)):
-                    yield event
-                continue
-            num_tokens += part.num_tokens
-            [seq], model = streams[-1].sequences, streams[-1].engine.model
-            unsaid += part.tokens if seq.sampling.logprobs is not None else ()
-            pieces = part.pieces
-            if part.finish_reason and not pieces and (item is None or unsaid and item["type"] == "message"):
-                pieces = (Piece("content", ""),)
-            for piece in pieces:
-                kind = item["type"] if piece.kind == "arguments" else item_kind(piece, tools)
-                if item is None or item["type"] != kind or piece.kind == "call":
-                    for event in itertools.chain(end(), begin(kind, piece.text)):
-                        yield event
-                if piece.kind != "call":
-                    logprobs = [logprob_entry(model, token) for token in unsaid] if kind == "message" else []
-                    if event := addition(item, len(output) - 1, piece.text, logprobs):
-                        yield event
-                unsaid = []
-            if part.finish_reason == "length":
-                response["incomplete_details"] = {"reason": "max_output_tokens"}
-    for event in end("incomplete" if response["incomplete_details"] else "completed"):
-        yield event
-    for call in calls:  # there were too many, or others for the client to answer
-        call["status"] = "incomplete"
-        yield {"type": "response.output_item.done", "output_index": output.index(call), "item": call}
-    response["usage"] = await response_usage(streams, num_tokens, output)
-
-
-def item_kind(piece: Piece, tools: dict[str, ServerTool]) -> str:
-    """Return the type of the item that a piece begins."""
-    if piece.kind != "call":
-        return {"content": "message", "reasoning": "reasoning"}[piece.kind]
-    if piece.text not in tools:
-        return "function_call"
-    return "mcp_approval_request" if tools[piece.text].needs_approval else "mcp_call"
-
-
-def new_item(kind: str, id: str, name: str, tools: dict[str, ServerTool]) -> dict[str, Any]:
-    """Return an item with nothing in it yet; a call's has its name."""
-    match kind:
-        case "message":
-            own = {"status": "in_progress", "role": "assistant", "content": []}
-        case "reasoning":
-            own = {"status": "in_progress", "summary": [], "content": []}
-        case "function_call":
-            own = {"status": "in_progress", "call_id": f"call_{uuid.uuid4().hex[:9]}", "name": name, "arguments": ""}
-        case _:
-            own = {"server_label": tools[name].server.label, "name": tools[name].listed.name, "arguments": ""}
-            if kind == "mcp_call":
-                own |= {"status": "in_progress", "output": None, "error": None, "approval_request_id": None}
-    return {"id": id, "type": kind, **own}
-
-
-def place(item: dict[str, Any], index: int) -> dict[str, Any]:
-    """Return where an event of an item belongs."""
-    return {"item_id": item["id"], "output_index": index} | ({"content_index": 0} if "content" in item else {})
-
-
-def opening(item: dict[str, Any], index: int) -> Iterable[dict[str, Any]]:
-    """Yield the events that begin an item."""
-    yield {"type": "response.output_item.added", "output_index": index, "item": item}
-    if item["type"] in ("mcp_call", "mcp_list_tools"):
-        yield {"type": f"response.{item['type']}.in_progress", **place(item, index)}
-    elif "content" in item:
-        own = {"annotations": [], "logprobs": []} if item["type"] == "message" else {}
-        item["content"].append({"type": "output_text" if own else "reasoning_text", "text": "", **own})
-        yield {"type": "response.content_part.added", **place(item, index), "part": item["content"][0]}
-
-
-def addition(item: dict[str, Any], index: int, text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Add text to an item, and return the event, if there is one for it."""
-    if "arguments" in item:
-        item["arguments"] += text
-        event = {"type": f"response.{item['type']}_arguments.delta", **place(item, index), "delta": text}
-        return event if item["type"] != "mcp_approval_request" else None
-    [part] = item["content"]
-    part["text"] += text
-    part.get("logprobs", []).extend(logprobs)
-    own = {"logprobs": logprobs} if "logprobs" in part else {}
-    return {"type": f"response.{part['type']}.delta", **place(item, index), "delta": text, **own}
-
-
-def closing(item: dict[str, Any], index: int, status: str) -> Iterable[dict[str, Any]]:
-    """Yield the events that end an item; a call that may be run here is not done before that."""
-    for part in item.get("content", ()):
-        own = {name: part[name] for name in ("text", "logprobs") if name in part}
-        yield {"type": f"response.{part['type']}.done", **place(item, index), **own}
-        yield {"type": "response.content_part.done", **place(item, index), "part": part}
-    if item["type"] in ("function_call", "mcp_call"):
-        yield {"type": f"response.{item['type']}_arguments.done", **place(item, index), "arguments": item["arguments"]}
-    if item["type"] != "mcp_call":
-        item |= {"status": status} if "status" in item else {}
-        yield {"type": "response.output_item.done", "output_index": index, "item": item}
-
-
-def run_events(item: dict[str, Any], index: int, result: CallResult) -> Iterable[dict[str, Any]]:
-    """Yield the events that end a call which was run here, with what came of it."""
-    error = {"type": "mcp_tool_execution_error", "content": [{"type": "text", "text": result.text}]}
-    item |= {"status": "failed", "error": error} if result.is_error else {"status": "completed", "output": result.text}
-    yield {"type": f"response.mcp_call.{item['status']}", **place(item, index)}
-    yield {"type": "response.output_item.done", "output_index": index, "item": item}
-
-
-async def response_usage(streams: list[TokenStream], output_tokens: int, output: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the token counts of a response's turns; those of its reasoning are of the text that it has."""
-    model, prompts = streams[0].engine.model, usage(streams, output_tokens)
-    thoughts = "".join(item["content"][0]["text"] for item in output if item["type"] == "reasoning")
-    reasoning = await read_prompt(tokenize, model, thoughts, False) if thoughts else []
-    return {"input_tokens": prompts["prompt_tokens"], "output_tokens": output_tokens, "total_tokens": prompts["total_tokens"],
-            "input_tokens_details": {**prompts["prompt_tokens_details"], "cache_write_tokens": 0},
-            "output_tokens_details": {"reasoning_tokens": min(len(reasoning), output_tokens)}}
 
 
 async def told(live: LiveResponse, events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
@@ -5886,83 +5957,6 @@ async def run_in_background(live: LiveResponse, frames: AsyncIterator[bytes]) ->
                 await fail(live, "failed" if stopped else "cancelled", stopped)
         del app.live[live.response["id"]]
         app.active -= 1
-
-
-async def followed(live: LiveResponse, start: int) -> AsyncIterator[bytes]:
-    """Yield the events of a response from a number on, as they come."""
-    while start < len(live.frames) or not live.ended:
-        if start < len(live.frames):
-            yield live.frames[start]
-            start += 1
-        else:
-            await live.changed.wait()
-
-
-class ResponseQuery(msgspec.Struct):
-    stream: bool = False
-    starting_after: Annotated[int, Meta(ge=0)] = -1
-    after: str | None = None
-    limit: Annotated[int, Meta(ge=1, le=100)] = 20
-    order: Literal["asc", "desc"] = "desc"
-
-
-def read_query() -> ResponseQuery:
-    """Return the URL's query. Raises APIError 400."""
-    try:
-        return msgspec.convert(request.args.to_dict(), ResponseQuery, strict=False)
-    except msgspec.ValidationError as error:
-        raise APIError(400, str(error), "invalid_value", str(error).rpartition("$.")[2].rstrip("`")) from None
-
-
-@app.get("/v1/responses/<id>")
-async def retrieve_response(id: str) -> Response:
-    """Answer with a response as it is, or with its events after a number."""
-    live = await app.responses.load(id)
-    query = read_query()
-    if not query.stream:
-        return json_response(live.response)
-    for [packed] in await app.responses.run("SELECT frames FROM responses WHERE id = ?", id) if live.ended else ():
-        live.frames = [frame + b"\n\n" for frame in zlib.decompress(packed).split(b"\n\n")[:-1]]
-    return event_stream(followed(live, query.starting_after + 1), end=b"")
-
-
-@app.delete("/v1/responses/<id>")
-async def delete_response(id: str) -> Response:
-    """Forget a response, ending it if it is being made."""
-    await stop_response(await app.responses.load(id))
-    await app.responses.run("DELETE FROM responses WHERE id = ?", id)
-    return json_response({"id": id, "object": "response", "deleted": True})
-
-
-@app.post("/v1/responses/<id>/cancel")
-async def cancel_response(id: str) -> Response:
-    """End a background response; one that has ended stays as it is."""
-    live = await app.responses.load(id)
-    if not live.response["background"]:
-        raise APIError(400, "Only background responses can be cancelled.", "invalid_value", "response_id")
-    await stop_response(live)
-    return json_response(live.response)
-
-
-async def stop_response(live: LiveResponse) -> None:
-    live.scope.cancel()
-    while not live.ended:
-        await live.changed.wait()
-
-
-@app.get("/v1/responses/<id>/input_items")
-async def list_input_items(id: str) -> Response:
-    """List the items that a response answers, those of the responses it continues among them; the newest first."""
-    live, query = await app.responses.load(id), read_query()
-    items = await app.responses.conversation(live.response["previous_response_id"], "response_id") + live.items
-    items = items if query.order == "asc" else items[::-1]
-    ids = [item["id"] for item in items]
-    if query.after is not None and query.after not in ids:
-        raise APIError(404, f"There is no item {query.after!r}.", "item_not_found", "after")
-    start = 0 if query.after is None else ids.index(query.after) + 1
-    page = items[start:start + query.limit]
-    return json_response({"object": "list", "data": page, "first_id": page[0]["id"] if page else None,
-                          "last_id": page[-1]["id"] if page else None, "has_more": start + len(page) < len(items)})
 
 
 # ── Audio transcriptions ──────────────────────────────────────────────────────────────────────────────────────────────
