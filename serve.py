@@ -13,7 +13,7 @@ The life of a request, top to bottom of this file and back:
     PagedRunner        runs the ragged batch through the model, whose attention is `attend`, over the paged KV cache
     sample             picks one token per row: penalties, temperature, top-k, top-p, min-p, seed, log-probabilities
     Engine.deliver     appends the tokens to their streams; whoever left the stream is dropped at the next step
-    deltas             turns tokens into text, stops at stop strings; chat_chunks makes them chunks, sent or folded
+    deltas             turns tokens into text, stops at stop strings; chunks_of makes them chunks, sent or folded
 
 Contents: Configuration · Paged KV cache · Sequences · Scheduler · Model · Runner · Fusion · Sampling · Structured output ·
 Engine · Batch engine · Model pool · Prompts · Deltas · HTTP · Sampling fields · MCP tools · Chat completions · Completions ·
@@ -4427,9 +4427,7 @@ class ToolServer:
 
     async def connect(self) -> None:
         """Connect, and look at the tools again and again. Ends with whatever is raised when the server is lost."""
-        await trio.to_thread.run_sync(importlib.import_module, "mcp")  # half a second, for those who need it
-        import mcp
-
+        mcp = await trio.to_thread.run_sync(importlib.import_module, "mcp")  # half a second, for those who need it
         with trio.fail_after(MCP_CONNECT) as limit:
             async with mcp.Client(self.transport(), message_handler=self.hear, cache=None) as client:
                 while True:
@@ -4736,14 +4734,16 @@ async def chat_completions() -> Response:
     answer = constraint(body.response_format, body.structured_outputs)
     kwargs = template_kwargs(engine.model, body.reasoning_effort, body.chat_template_kwargs)
     tools = await own_tools(body)
-    use = tool_use([*(body.tools or []), *(tool.definition for tool in tools.values())], body.tool_choice,
-                   body.parallel_tool_calls)
+    choice = [body.tool_choice.function.name] if isinstance(body.tool_choice, Tool) else body.tool_choice
+    use = tool_use([*(body.tools or []), *(tool.definition for tool in tools.values())], choice, body.parallel_tool_calls)
 
     render = functools.partial(render_chat, engine.model, continue_final=bool(body.continue_final_message), kwargs=kwargs)
     ask = functools.partial(converse, engine, render, answer, body.n or 1)
     messages = await fetch_media(body.messages, engine.model, app.settings.allowed_media_domain)
     streams, found = await take_turns(ask, messages, sampling, use, tools)
-    chunks = chat_chunks(streams, without_calls(found, tools) if tools else found, body.include_usage)
+    found = without_calls(found, tools) if tools else found
+    choices = functools.partial(chat_choices, streams[0], {i: {"role": "assistant"} for i in range(body.n or 1)})
+    chunks = chunks_of("chat.completion.chunk", "chatcmpl", streams, found, choices, body.include_usage)
     return event_stream(chunks) if body.stream else json_response(await fold(chunks, "chat.completion"))
 
 
@@ -4778,11 +4778,7 @@ async def converse(engine: Engine | AdaptedEngine, render: Callable[..., Prompt]
     form = answer_form(engine.model)
     enforced = use.forced or (use.offered if answer else [])
     if answer or enforced:
-        opens, closes = (prompt.opening.rfind(marker.strip()) for marker in form.markers or ("", ""))
-        markers = form.markers if opens >= closes else None  # else the reasoning is behind it
-        preamble = preamble_rules(engine.model.tokenizer, markers, opens > closes, form.header)
-        param, part = (not use.forced and answer) or ("tools", None)
-        grammar = answer_grammar(preamble, part, param, enforced, use.max_calls)
+        grammar = chat_grammar(engine.model, form, prompt, None if use.forced else answer, enforced, use.max_calls)
         sampling = replace(sampling, grammar=await engine.grammars.compile(grammar))
     template = response_template(form, live_calls(enforced) if enforced else form.calls if use.offered else {})
     make_reader = functools.partial(Reader, template, prompt.opening, use.offered, use.max_calls > 1)
@@ -4865,15 +4861,15 @@ def tool_names(tools: list[dict[str, Any]]) -> list[str]:
     return names
 
 
-def tool_use(tools: list[dict[str, Any]], choice: str | Tool | None, parallel: bool | None) -> ToolUse:
-    """Return what a request's tools and its choice of them ask for. Raises APIError 400."""
+def tool_use(tools: list[dict[str, Any]], choice: str | list[str] | None, parallel: bool | None) -> ToolUse:
+    """Return what a request's tools and its choice of them, which may be their names, ask for. Raises APIError 400."""
     names = tool_names(tools)
-    named = choice.function.name if isinstance(choice, Tool) else None
-    forced = [tool for tool, name in zip(tools, names) if choice == "required" or name == named]
+    wanted = {None: [], "auto": [], "none": [], "required": names}[choice] if isinstance(choice, str | None) else choice
+    forced = [tool for tool, name in zip(tools, names) if name in wanted]
     if choice not in (None, "auto", "none") and not forced:
         raise APIError(400, "tool_choice needs tools, and the tool that it names among them.", "invalid_value", "tool_choice")
-    max_calls = 1 if parallel is False or named else MAX_CALLS
-    return ToolUse([] if choice == "none" else tools, forced, max_calls)
+    one = parallel is False or isinstance(choice, list) and len(choice) == 1
+    return ToolUse([] if choice == "none" else tools, forced, 1 if one else MAX_CALLS)
 
 
 def constraint(form: ResponseFormat | None, wanted: StructuredOutputs | None,
@@ -4883,7 +4879,7 @@ def constraint(form: ResponseFormat | None, wanted: StructuredOutputs | None,
     given = [(f"structured_outputs.{kind}", kind, value) for kind, value in kinds.items() if value is not None]
     if form and form.type != "text":
         if form.json_schema is None and form.type == "json_schema":
-            raise APIError(400, "The type json_schema needs a json_schema.", "invalid_value", f"{param}.json_schema")
+            raise APIError(400, "The type json_schema needs a schema, and its name.", "invalid_value", f"{param}.json_schema")
         given.append((param, "json", {"type": "object"} if form.type == "json_object" else form.json_schema.schema))
     if wanted is not None and len(given) != 1:
         raise APIError(400, "structured_outputs must have exactly one of json, regex, choice and grammar, and excludes "
@@ -4899,6 +4895,15 @@ def constraint(form: ResponseFormat | None, wanted: StructuredOutputs | None,
     return param, {"json": json_part, "regex": regex_part, "choice": choice_part}[kind](value)
 
 
+def chat_grammar(model: Model, form: AnswerForm, prompt: Prompt, answer: tuple[str, dict[str, Any]] | None,
+                 tools: list[dict[str, Any]], max_calls: int) -> Grammar:
+    """Return the grammar of a chat's answer, which starts where its reasoning ends."""
+    opens, closes = (prompt.opening.rfind(marker.strip()) for marker in form.markers or ("", ""))
+    rules = preamble_rules(model.tokenizer, form.markers if opens >= closes else None, opens > closes, form.header)
+    param, part = answer or ("tools", None)
+    return answer_grammar(rules, part, param, tools, max_calls)
+
+
 def template_kwargs(model: Model, effort: str | None, given: dict[str, Any] | None,
                     param: str = "reasoning_effort") -> dict[str, Any]:
     """Return the arguments of the chat template: the server's defaults, then the request's. Raises APIError 400."""
@@ -4912,36 +4917,6 @@ def template_kwargs(model: Model, effort: str | None, given: dict[str, Any] | No
     elif effort is not None:
         raise APIError(400, f"{param} {effort!r} is not supported by this model.", "unsupported_parameter", param)
     return kwargs | (given or {})
-
-
-async def chat_chunks(streams: list[TokenStream], found: AsyncIterator[Delta],
-                      include_usage: bool) -> AsyncIterator[dict[str, Any]]:
-    """Yield the chunks of a chat completion, at last the usage if wanted."""
-    model, sequences = streams[0].engine.model, streams[0].sequences
-    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion.chunk", "created": int(time.time()),
-            "model": app.models.public_id(model.id)}
-    role, completion_tokens = {seq.index: {"role": "assistant"} for seq in sequences}, 0
-
-    def chunk(index: int, content: dict[str, Any], finish_reason: str | None, logprobs: dict | None) -> dict[str, Any]:
-        choice = {"index": index, "delta": content, "logprobs": logprobs, "finish_reason": finish_reason}
-        return {**head, "choices": [choice]}
-
-    async with aclosing(found):
-        async for part in found:
-            completion_tokens += part.num_tokens
-            logprobs = None
-            if sequences[part.index].sampling.logprobs is not None and part.tokens:
-                logprobs = {"content": [logprob_entry(model, token) for token in part.tokens], "refusal": None}
-            # None is sent while text is held back: clients that wait for a call give up after a first chunk without one.
-            if part.pieces or logprobs or part.index in role and part.finish_reason:
-                if len(role) == len(sequences) > 1:  # the SDK's streaming helper wants to see the choices in order
-                    for index in list(role):
-                        yield chunk(index, {**role.pop(index), "content": ""}, None, None)
-                yield chunk(part.index, {**role.pop(part.index, {}), **message_delta(part.pieces)}, None, logprobs)
-            if part.finish_reason:
-                yield chunk(part.index, {}, part.finish_reason, None)
-    if include_usage:
-        yield {**head, "choices": [], "usage": usage(streams, completion_tokens)}
 
 
 def message_delta(pieces: tuple[Piece, ...]) -> dict[str, Any]:
@@ -4976,6 +4951,39 @@ def logprob_entry(model: Model, token: Token) -> dict[str, Any]:
         return {"token": raw.decode(errors="replace"), "logprob": max(logprob, -9999.0), "bytes": list(raw)}
 
     return {**shown(token.id, token.logprob), "top_logprobs": [shown(id, logprob) for id, logprob in token.top]}
+
+
+def chat_choices(stream: TokenStream, roles: dict[int, dict[str, Any]], part: Delta) -> Iterable[dict[str, Any]]:
+    """Yield the choices that the chunks of a chat show of a delta; `roles` has what each answer has still to begin with."""
+    def choice(index: int, content: dict[str, Any], finish_reason: str | None, logprobs: dict | None) -> dict[str, Any]:
+        return {"index": index, "delta": content, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    logprobs = None
+    if stream.sequences[part.index].sampling.logprobs is not None and part.tokens:
+        logprobs = {"content": [logprob_entry(stream.engine.model, token) for token in part.tokens], "refusal": None}
+    # None is sent while text is held back: clients that wait for a call give up after a first chunk without one.
+    if part.pieces or logprobs or part.index in roles and part.finish_reason:
+        if len(roles) == stream.n > 1:  # the SDK's streaming helper wants to see the choices in order
+            for index in list(roles):
+                yield choice(index, {**roles.pop(index), "content": ""}, None, None)
+        yield choice(part.index, {**roles.pop(part.index, {}), **message_delta(part.pieces)}, None, logprobs)
+    if part.finish_reason:
+        yield choice(part.index, {}, part.finish_reason, None)
+
+
+async def chunks_of(kind: str, id: str, streams: list[TokenStream], found: AsyncIterator[Delta],
+                    choices: Callable[[Delta], Iterable[dict[str, Any]]], include_usage: bool) -> AsyncIterator[dict[str, Any]]:
+    """Yield the chunks of a completion, of chat or text, at last the usage if wanted."""
+    head = {"id": f"{id}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()),
+            "model": app.models.public_id(streams[0].engine.model.id)}
+    completion_tokens = 0
+    async with aclosing(found):
+        async for part in found:
+            completion_tokens += part.num_tokens
+            for choice in choices(part):
+                yield {**head, "choices": [choice]}
+    if include_usage:
+        yield {**head, "choices": [], "usage": usage(streams, completion_tokens)}
 
 
 async def fold(chunks: AsyncIterator[dict[str, Any]], kind: str) -> dict[str, Any]:
@@ -5071,7 +5079,10 @@ async def completions() -> Response:
         texts = [with_suffix(engine.model, text, body.suffix) for text in texts]
     prompts = await read_prompt(read_prompts, engine.model, texts, body.add_special_tokens is not False)
     stream = engine.submit(prompts, sampling, body.n or 1)
-    chunks = completion_chunks(stream, texts if body.echo else [], body.include_usage)
+    spellings = [Spelling(engine.model, body.logprobs) for _ in stream.sequences]
+    echoes = {seq.index: texts[seq.index // stream.n] for seq in stream.sequences} if body.echo else {}
+    choices = functools.partial(completion_choices, stream, spellings, echoes)
+    chunks = chunks_of("text_completion", "cmpl", [stream], deltas(stream, continuing=True), choices, body.include_usage)
     return event_stream(chunks) if body.stream else json_response(await fold(chunks, "text_completion"))
 
 
@@ -5150,33 +5161,20 @@ class Spelling:
         return self.bytes(id).decode(errors="replace")
 
 
-async def completion_chunks(stream: TokenStream, echoes: list[str | list[int]], include_usage: bool,
-                            ) -> AsyncIterator[dict[str, Any]]:
-    """Yield the chunks of a completion, at last the usage if wanted; `echoes` are the prompts where answers begin with them."""
-    model = stream.engine.model
-    head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()),
-            "model": app.models.public_id(model.id)}
-    spellings = [Spelling(model, seq.sampling.logprobs) for seq in stream.sequences]
-    to_echo = set(range(len(stream.sequences)) if echoes else ())
-    completion_tokens = 0
-    async with aclosing(deltas(stream, continuing=True)) as pieces:
-        async for piece in pieces:
-            completion_tokens += piece.num_tokens
-            seq, spelling, text, logprobs = stream.sequences[piece.index], spellings[piece.index], piece.text, None
-            if seq.index in to_echo:
-                to_echo.remove(seq.index)
-                echo = echoes[seq.index // stream.n]
-                echo = echo if isinstance(echo, str) else model.tokenizer.decode(echo, clean_up_tokenization_spaces=False)
-                spelling.add_prompt(itertools.chain.from_iterable(seq.scores), echo)
-                text = echo + text
-            if seq.sampling.logprobs is not None:
-                spelling.add([*piece.tokens, *piece.end])
-                logprobs = spelling.logprobs(text, last=bool(piece.finish_reason))
-            if text or logprobs or piece.finish_reason:
-                choice = {"index": seq.index, "text": text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
-                yield {**head, "choices": [choice]}
-    if include_usage:
-        yield {**head, "choices": [], "usage": usage([stream], completion_tokens)}
+def completion_choices(stream: TokenStream, spellings: list[Spelling], echoes: dict[int, str | list[int]],
+                       part: Delta) -> Iterable[dict[str, Any]]:
+    """Yield the choice that a chunk shows of a delta; `echoes` has what each answer has still to begin with."""
+    seq, spelling, text, logprobs = stream.sequences[part.index], spellings[part.index], part.text, None
+    if (echo := echoes.pop(seq.index, None)) is not None:
+        if not isinstance(echo, str):
+            echo = stream.engine.model.tokenizer.decode(echo, clean_up_tokenization_spaces=False)
+        spelling.add_prompt(itertools.chain.from_iterable(seq.scores), echo)
+        text = echo + text
+    if seq.sampling.logprobs is not None:
+        spelling.add([*part.tokens, *part.end])
+        logprobs = spelling.logprobs(text, last=bool(part.finish_reason))
+    if text or logprobs or part.finish_reason:
+        yield {"index": seq.index, "text": text, "logprobs": logprobs, "finish_reason": part.finish_reason}
 
 
 MAX_TOKENIZED = 4 << 20  # characters
@@ -5409,10 +5407,9 @@ async def list_input_items(id: str) -> Response:
     if query.after is not None and query.after not in ids:
         raise APIError(404, f"There is no item {query.after!r}.", "item_not_found", "after")
     start = 0 if query.after is None else ids.index(query.after) + 1
-    end = start + query.limit
-    first, last = (ids[start:end] or [None])[0], (ids[start:end] or [None])[-1]
-    return json_response({"object": "list", "data": items[start:end], "first_id": first, "last_id": last,
-                          "has_more": end < len(items)})
+    page, shown = items[start:start + query.limit], ids[start:start + query.limit] or [None]
+    return json_response({"object": "list", "data": page, "first_id": shown[0], "last_id": shown[-1],
+                          "has_more": start + query.limit < len(items)})
 
 
 # ── Responses ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -5481,8 +5478,11 @@ async def create_response() -> Response:
     refuse(body, RESPONSE_REFUSED)
     if body.background and body.store is False:
         raise APIError(400, "background needs store: it is read from there.", "invalid_value", "background")
-    with own_params():
+    try:
         live, events = await begin_response(body)
+    except APIError as error:  # what chat nests is flat here, and its messages are items
+        error.param = error.param and re.sub(r"\.function|\.json_schema$", "", re.sub("^messages.*", "input", error.param))
+        raise
     if body.background:
         await app.responses.save(live.response, live.items, [])
         app.live[live.response["id"]] = live
@@ -5510,7 +5510,9 @@ async def begin_response(body: ResponseRequest) -> tuple[LiveResponse, AsyncIter
         raise APIError(400, "top_logprobs needs message.output_text.logprobs in include.", "invalid_value", "top_logprobs")
     engine = await app.models.get(body.model)
     sampling = sampling_params(body, engine.model, (body.top_logprobs or 0) if logprobs else None)
-    answer = text_constraint(body.text.format or TextFormat("text"))
+    form = body.text.format = body.text.format or TextFormat("text")
+    schema = None if None in (form.name, form.schema) else JSONSchema(form.schema)
+    answer = constraint(ResponseFormat(form.type, schema), None, "text.format")
     kwargs = template_kwargs(engine.model, body.reasoning.effort, body.chat_template_kwargs, "reasoning.effort")
     live = LiveResponse(new_response(body, engine.model, sampling))
     past = await app.responses.conversation(body.previous_response_id, "previous_response_id")
@@ -5531,24 +5533,6 @@ async def begin_response(body: ResponseRequest) -> tuple[LiveResponse, AsyncIter
     return live, told(live, response_events(live.response, streams, found, tools, lists, approved))
 
 
-def text_constraint(form: TextFormat) -> tuple[str, dict[str, Any]] | None:
-    """Return what `constraint` does, of this API's field. Raises APIError 400."""
-    if form.type == "json_schema" and (form.name is None or form.schema is None):
-        raise APIError(400, "The type json_schema needs a name and a schema.", "invalid_value", "text.format")
-    return constraint(ResponseFormat(form.type, JSONSchema(form.schema)), None, "text.format")
-
-
-@contextmanager
-def own_params() -> Iterator[None]:
-    """Name the fields of errors as this API has them: its functions are tools, and its messages are items."""
-    try:
-        yield
-    except APIError as error:
-        param = str(error.param).replace(".function", "")
-        error.param = error.param and ("input" if param.startswith("messages") else param)
-        raise
-
-
 def new_response(body: ResponseRequest, model: Model, sampling: SamplingParams) -> dict[str, Any]:
     """Return the response to a request as it is at first."""
     echoed = ("instructions", "previous_response_id", "user", "safety_identifier", "prompt_cache_key", "max_tool_calls",
@@ -5561,8 +5545,7 @@ def new_response(body: ResponseRequest, model: Model, sampling: SamplingParams) 
         "tools": [{name: tool[name] for name in tool if name not in SECRETS} for tool in body.tools or ()],
         "tool_choice": body.tool_choice or "auto",
         "parallel_tool_calls": body.parallel_tool_calls is not False, "truncation": body.truncation or "disabled",
-        "text": {"format": msgspec.to_builtins(body.text.format or TextFormat("text")),
-                 "verbosity": body.text.verbosity or "medium"},
+        "text": {"format": msgspec.to_builtins(body.text.format), "verbosity": body.text.verbosity or "medium"},
         "reasoning": {"effort": body.reasoning.effort, "summary": body.reasoning.summary},
         "top_logprobs": body.top_logprobs or 0,
         **{name: getattr(sampling, name) for name in ("temperature", "top_p", "presence_penalty", "frequency_penalty")},
@@ -5699,18 +5682,10 @@ def response_tools(body: ResponseRequest, own: dict[str, ServerTool]) -> ToolUse
     match body.tool_choice:
         case None | "none" | "auto" | "required" as choice:
             pass
-        case {"type": "function", "name": str(name)}:
-            choice = Tool("function", Function(name))
-        case {"type": "mcp", "server_label": str()} as chosen:
-            names = meant(chosen, own)
-            forced = [own[name].definition for name in names]
-            if not forced:
-                raise APIError(400, f"tool_choice {chosen!r} is of none of the tools.", "invalid_value", "tool_choice")
-            use = tool_use(tools, "auto", body.parallel_tool_calls)
-            return replace(use, forced=forced, max_calls=1 if chosen.get("name") else use.max_calls)
+        case {"type": "function", "name": str()} | {"type": "mcp", "server_label": str()} as chosen:
+            choice = meant(chosen, own)
         case {"type": "allowed_tools", "mode": "auto" | "required" as choice, "tools": list(allowed)}:
-            names = [name for tool in allowed if isinstance(tool, dict) and tool.get("type") in ("function", "mcp")
-                     for name in meant(tool, own)]
+            names = [name for tool in allowed if isinstance(tool, dict) for name in meant(tool, own)]
             tools = [tool for tool in tools if tool["function"].get("name") in names]
         case other:
             raise APIError(400, f"tool_choice {other!r} is not supported here.", "invalid_value", "tool_choice")
@@ -5836,9 +5811,13 @@ async def response_usage(streams: list[TokenStream], output_tokens: int, output:
             "output_tokens_details": {"reasoning_tokens": min(len(reasoning), output_tokens)}}
 
 
-async def answer_events(response: dict[str, Any], streams: list[TokenStream], found: AsyncIterator[Delta | CallResult],
-                        tools: dict[str, ServerTool], approved: list[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
-    """Yield the events of an answer, turn by turn, and add its items and its tokens to the response."""
+async def response_events(response: dict[str, Any], streams: list[TokenStream], found: AsyncIterator[Delta | CallResult],
+                          tools: dict[str, ServerTool], lists: list[dict[str, Any]],
+                          approved: list[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
+    """Yield the events of a response, and add its items and its tokens to it.
+
+    They show it, and its items, as they are at the time, and are to be encoded then.
+    """
     output, num_tokens = response["output"], 0
     item: dict[str, Any] | None = None  # the one that is being written
     unsaid: list[Token] = []  # those whose text is held back
@@ -5874,16 +5853,32 @@ async def answer_events(response: dict[str, Any], streams: list[TokenStream], fo
         if part.finish_reason == "length":
             response["incomplete_details"] = {"reason": "max_output_tokens"}
 
-    def begin_approved() -> Iterable[dict[str, Any]]:
+    def first() -> Iterable[dict[str, Any]]:
+        yield {"type": "response.created", "response": response}
+        if response["status"] == "queued":
+            yield {"type": "response.queued", "response": response}
+            response["status"] = "in_progress"
+        yield {"type": "response.in_progress", "response": response}
+        for listed in lists:
+            yield from list_events(response, listed)
         for call in approved:
             yield from begin("mcp_call", call["function"]["name"])
             item["approval_request_id"] = call["approval_request_id"]
             yield from addition(item, call["function"]["arguments"], [])
         yield from end()
 
-    for event in begin_approved():
-        yield event
+    def last() -> Iterable[dict[str, Any]]:
+        cut = response["incomplete_details"] is not None
+        yield from end("incomplete" if cut else "completed")
+        for call in calls:  # there were too many, or others for the client to answer
+            call["status"] = "incomplete"
+            yield item_event("done", call)
+        response.update({"status": "incomplete"} if cut else {"status": "completed", "completed_at": int(time.time())})
+        yield {"type": f"response.{response['status']}", "response": response}
+
     async with aclosing(found):
+        for event in first():
+            yield event
         async for part in found:
             if isinstance(part, CallResult):
                 events = itertools.chain(end(), run_events(calls.popleft(), part))
@@ -5892,32 +5887,9 @@ async def answer_events(response: dict[str, Any], streams: list[TokenStream], fo
                 events = write(part)
             for event in events:
                 yield event
-    for event in end("incomplete" if response["incomplete_details"] else "completed"):
-        yield event
-    for call in calls:  # there were too many, or others for the client to answer
-        call["status"] = "incomplete"
-        yield item_event("done", call)
-    response["usage"] = await response_usage(streams, num_tokens, output)
-
-
-async def response_events(response: dict[str, Any], streams: list[TokenStream], found: AsyncIterator[Delta | CallResult],
-                          tools: dict[str, ServerTool], lists: list[dict[str, Any]],
-                          approved: list[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
-    """Yield the events of a response; they show it, and its items, as they are at the time, and are to be encoded then."""
-    yield {"type": "response.created", "response": response}
-    if response["status"] == "queued":
-        yield {"type": "response.queued", "response": response}
-        response["status"] = "in_progress"
-    yield {"type": "response.in_progress", "response": response}
-    for listed in lists:
-        for event in list_events(response, listed):
+        response["usage"] = await response_usage(streams, num_tokens, output)
+        for event in last():
             yield event
-    async with aclosing(answer_events(response, streams, found, tools, approved)) as events:
-        async for event in events:
-            yield event
-    cut = response["incomplete_details"] is not None
-    response |= {"status": "incomplete"} if cut else {"status": "completed", "completed_at": int(time.time())}
-    yield {"type": f"response.{response['status']}", "response": response}
 
 
 async def told(live: LiveResponse, events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
