@@ -4827,10 +4827,10 @@ async def take_turns(ask: Callable[[list[dict[str, Any]], SamplingParams, ToolUs
                         sampling = replace(sampling, max_tokens=sampling.max_tokens - part.num_tokens)
                     reason = part.finish_reason
                     called = [tools.get(call["function"]["name"]) for call in said.get("tool_calls", ())]
-                    if again := reason == "tool_calls" and all(tool and not tool.needs_approval for tool in called):
-                        again, reason = sampling.max_tokens != 0, None if sampling.max_tokens != 0 else "length"
+                    if reason == "tool_calls" and all(tool and not tool.needs_approval for tool in called):
+                        reason = "length" if sampling.max_tokens == 0 else None  # with none the answer goes on
                     yield replace(part, finish_reason=reason)
-            if not again:
+            if reason:
                 return
             found, use = None, replace(use, forced=[])
 
@@ -5627,10 +5627,9 @@ def read_items(past: list[dict[str, Any]], items: list[dict[str, Any]], instruct
                 requests[id] = item
             case {"type": "mcp_approval_response", "approval_request_id": str(id), "approve": bool(approve)} if id in requests:
                 if not approve:
-                    past_call(messages, requests[id], item.get("reason") or "The user did not approve of this call.")
+                    past_call(messages, requests[id], str(item.get("reason") or "The user did not approve of this call."))
             case {"type": "mcp_call", "id": str(), "name": str(), "arguments": str()}:
-                if (text := call_text(item)) is not None:
-                    past_call(messages, item, text)
+                past_call(messages, item, call_text(item))
             case {"type": "function_call_output", "call_id": str(id)} if id not in calls:
                 raise APIError(400, f"No function call has the call_id {id!r}.", "invalid_value", where)
             case _:
@@ -5652,10 +5651,11 @@ def chat_call(id: str, name: str, arguments: str) -> dict[str, Any]:
     return {"id": f"{zlib.crc32(id.encode()):09x}", "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def past_call(messages: list[dict[str, Any]], call: dict[str, Any], text: str) -> None:
-    """Add an MCP call, and what came of it."""
-    say(messages, "tool_calls", [said := chat_call(call["id"], call["name"], call["arguments"])])
-    messages.append({"role": "tool", "tool_call_id": said["id"], "content": text})
+def past_call(messages: list[dict[str, Any]], call: dict[str, Any], text: str | None) -> None:
+    """Add an MCP call, and what came of it, unless it was not run."""
+    if text is not None:
+        say(messages, "tool_calls", [said := chat_call(call["id"], call["name"], call["arguments"])])
+        messages.append({"role": "tool", "tool_call_id": said["id"], "content": text})
 
 
 def call_text(item: dict[str, Any]) -> str | None:
@@ -5666,11 +5666,10 @@ def call_text(item: dict[str, Any]) -> str | None:
     return item.get("error") and encode(item["error"]).decode()
 
 
-def chat_parts(parts: list[Any], where: str) -> list[dict[str, Any]]:
+def chat_parts(parts: Any, where: str) -> list[dict[str, Any]]:
     """Return the parts of an item's content as chat completions spell them. Raises APIError 400."""
-    if not all(isinstance(part, dict) for part in parts) or any(part.get("file_id") is not None for part in parts):
-        raise APIError(400, "The parts of content are objects, none with a file_id: there are no files here.", "invalid_value",
-                       where)
+    if not isinstance(parts, list) or any(not isinstance(part, dict) or part.get("file_id") is not None for part in parts):
+        raise APIError(400, "content is a list of objects without file_id: there are no files.", "invalid_value", where)
     return [{"type": "image_url", "image_url": {"url": part.get("image_url"), "detail": part.get("detail") or "auto"}}
             if part.get("type") == "input_image" else part for part in parts]
 
@@ -5719,7 +5718,7 @@ def item_kind(piece: Piece, tools: dict[str, ServerTool]) -> str:
 
 
 def new_item(kind: str, id: str, name: str, tools: dict[str, ServerTool]) -> dict[str, Any]:
-    """Return an item with nothing in it yet; a call's has its name."""
+    """Return an item with nothing in it yet, but for the name of what is called, or of the server whose tools it lists."""
     item = {"id": id, "type": kind, "status": "in_progress"}
     match kind:
         case "message":
@@ -5728,6 +5727,8 @@ def new_item(kind: str, id: str, name: str, tools: dict[str, ServerTool]) -> dic
             return {**item, "summary": [], "content": []}
         case "function_call":
             return {**item, "call_id": f"call_{uuid.uuid4().hex[:9]}", "name": name, "arguments": ""}
+        case "mcp_list_tools":
+            return {"id": id, "type": kind, "server_label": name, "tools": [], "error": None}
     own = {"server_label": tools[name].server.label, "name": tools[name].listed.name, "arguments": ""}
     if kind == "mcp_call":
         return {**item, **own, "output": None, "error": None, "approval_request_id": None}
@@ -5778,19 +5779,11 @@ def closing(item: dict[str, Any], status: str) -> Iterable[dict[str, Any]]:
         yield part_event("content_part.done", item, part=part)
     if item["type"] in ("function_call", "mcp_call"):
         yield part_event(f"{item['type']}_arguments.done", item, arguments=item["arguments"])
+    if item["type"] == "mcp_list_tools":
+        yield part_event("mcp_list_tools." + ("failed" if item["error"] else "completed"), item)
     if item["type"] != "mcp_call":
         item |= {"status": status} if "status" in item else {}
         yield item_event("done", item)
-
-
-def list_events(response: dict[str, Any], listed: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    """Add the list of a server's tools to the response, and yield the events."""
-    item = {"id": item_id("mcp_list_tools", response["id"], len(response["output"])), **listed, "tools": [], "error": None}
-    response["output"].append(item)
-    yield from opening(item)
-    item |= listed
-    yield part_event("mcp_list_tools." + ("failed" if item["error"] else "completed"), item)
-    yield item_event("done", item)
 
 
 def run_events(item: dict[str, Any], result: CallResult) -> Iterable[dict[str, Any]]:
@@ -5821,14 +5814,12 @@ async def response_events(response: dict[str, Any], streams: list[TokenStream], 
     output, num_tokens = response["output"], 0
     item: dict[str, Any] | None = None  # the one that is being written
     unsaid: list[Token] = []  # those whose text is held back
-    calls: deque[dict[str, Any]] = deque()  # the items of those that may be run
 
     def begin(kind: str, name: str) -> Iterable[dict[str, Any]]:
         nonlocal item
         yield from end()
         item = new_item(kind, item_id(kind, response["id"], len(output)), name, tools)
         output.append(item)
-        calls.extend([item] if kind == "mcp_call" else ())
         yield from opening(item)
 
     def end(status: str = "completed") -> Iterable[dict[str, Any]]:
@@ -5860,17 +5851,21 @@ async def response_events(response: dict[str, Any], streams: list[TokenStream], 
             response["status"] = "in_progress"
         yield {"type": "response.in_progress", "response": response}
         for listed in lists:
-            yield from list_events(response, listed)
+            yield from begin("mcp_list_tools", listed["server_label"])
+            item.update(listed)
         for call in approved:
             yield from begin("mcp_call", call["function"]["name"])
             item["approval_request_id"] = call["approval_request_id"]
             yield from addition(item, call["function"]["arguments"], [])
         yield from end()
 
+    def to_run() -> list[dict[str, Any]]:
+        return [call for call in output if call["type"] == "mcp_call" and call["status"] == "in_progress"]
+
     def last() -> Iterable[dict[str, Any]]:
         cut = response["incomplete_details"] is not None
         yield from end("incomplete" if cut else "completed")
-        for call in calls:  # there were too many, or others for the client to answer
+        for call in to_run():  # there were too many, or others for the client to answer
             call["status"] = "incomplete"
             yield item_event("done", call)
         response.update({"status": "incomplete"} if cut else {"status": "completed", "completed_at": int(time.time())})
@@ -5881,7 +5876,7 @@ async def response_events(response: dict[str, Any], streams: list[TokenStream], 
             yield event
         async for part in found:
             if isinstance(part, CallResult):
-                events = itertools.chain(end(), run_events(calls.popleft(), part))
+                events = itertools.chain(end(), run_events(to_run()[0], part))
             else:
                 num_tokens += part.num_tokens
                 events = write(part)

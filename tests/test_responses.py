@@ -310,6 +310,7 @@ REFUSED = [  # fields → param
     *[({"input": [{"role": "user", "content": "Hi"}, item]}, "input[1]") for item in [
         {"type": "web_search_call"}, {"role": "tool", "content": "x"}, {"role": "user"}, OUTPUT, {"type": 5}, {"type": ["a"]},
         {"type": "function_call", "name": "f"}, {"role": "user", "content": ["x"]}, {"type": "reasoning", "content": ["x"]},
+        {"type": "reasoning", "content": 5},
         {"type": "reasoning", "encrypted_content": "x"}, {"type": "input_image", "file_id": "f"}]],
     *[({"input": [{"role": "user", "content": [part]}]}, "input") for part in [
         {"type": "input_file", "file_url": "http://x"}, {"type": "input_text"}, {"type": "input_image", "image_url": "http://x"}]],
