@@ -13,11 +13,11 @@ The life of a request, top to bottom of this file and back:
     PagedRunner        runs the ragged batch through the model, whose attention is `attend`, over the paged KV cache
     sample             picks one token per row: penalties, temperature, top-k, top-p, min-p, seed, log-probabilities
     Engine.deliver     appends the tokens to their streams; whoever left the stream is dropped at the next step
-    deltas             turns tokens into text, stops at stop strings; chat_chunks makes them chunks, sent or folded
+    deltas             turns tokens into text, stops at stop strings; chunks_of makes them chunks, sent or folded
 
 Contents: Configuration · Paged KV cache · Sequences · Scheduler · Model · Runner · Fusion · Sampling · Structured output ·
 Engine · Batch engine · Model pool · Prompts · Deltas · HTTP · Sampling fields · MCP tools · Chat completions · Completions ·
-Responses · Audio transcriptions · Embeddings · Models, health, metrics · Chat page · Main.
+Stored responses · Responses · Audio transcriptions · Embeddings · Models, health, metrics · Chat page · Main.
 Each banner is the name of its test file.
 """
 from __future__ import annotations
@@ -4427,9 +4427,7 @@ class ToolServer:
 
     async def connect(self) -> None:
         """Connect, and look at the tools again and again. Ends with whatever is raised when the server is lost."""
-        await trio.to_thread.run_sync(importlib.import_module, "mcp")  # half a second, for those who need it
-        import mcp
-
+        mcp = await trio.to_thread.run_sync(importlib.import_module, "mcp")  # half a second, for those who need it
         with trio.fail_after(MCP_CONNECT) as limit:
             async with mcp.Client(self.transport(), message_handler=self.hear, cache=None) as client:
                 while True:
@@ -4497,12 +4495,8 @@ class ToolServer:
             first = first.exceptions[0]
         self.client, self.tools, self.reason = None, [], f"{type(first).__name__}: {first}"
         log.warning("mcp %s: %s: %s", self.label, "lost" if self.status == "ready" else "cannot be started", self.reason)
-        if self.status == "ready":
-            self.status = "starting"
-            self.doubt()
-        else:
-            self.status = "failed"
-            self.settled.set()
+        self.status = "starting" if self.status == "ready" else "failed"
+        (self.doubt if self.status == "starting" else self.settled.set)()
 
     async def call(self, name: str, arguments: str) -> CallResult:
         """Run a tool. Whatever goes wrong is its result, for the model to read; to cancel this is to cancel the call."""
@@ -4740,17 +4734,17 @@ async def chat_completions() -> Response:
     answer = constraint(body.response_format, body.structured_outputs)
     kwargs = template_kwargs(engine.model, body.reasoning_effort, body.chat_template_kwargs)
     tools = await own_tools(body)
-    use = tool_use([*(body.tools or []), *(tool.definition for tool in tools.values())], body.tool_choice,
-                   body.parallel_tool_calls)
+    choice = [body.tool_choice.function.name] if isinstance(body.tool_choice, Tool) else body.tool_choice
+    use = tool_use([*(body.tools or []), *(tool.definition for tool in tools.values())], choice, body.parallel_tool_calls)
 
-    async def ask(messages: list[dict[str, Any]], sampling: SamplingParams, use: ToolUse) -> Turn:
-        render = functools.partial(render_chat, engine.model, messages, bool(body.continue_final_message), kwargs, use.offered)
-        return await converse(engine, render, sampling, use, answer, body.n or 1)
-
+    render = functools.partial(render_chat, engine.model, continue_final=bool(body.continue_final_message), kwargs=kwargs)
+    ask = functools.partial(converse, engine, render, answer, body.n or 1)
     messages = await fetch_media(body.messages, engine.model, app.settings.allowed_media_domain)
     streams, found = await take_turns(ask, messages, sampling, use, tools)
-    chunks = chat_chunks(streams, without_calls(found, tools) if tools else found, body.include_usage)
-    return event_stream(chunks) if body.stream else json_response(await fold_chat(chunks))
+    found = without_calls(found, tools) if tools else found
+    choices = functools.partial(chat_choices, streams[0], {i: {"role": "assistant"} for i in range(body.n or 1)})
+    chunks = chunks_of("chat.completion.chunk", "chatcmpl", streams, found, choices, body.include_usage)
+    return event_stream(chunks) if body.stream else json_response(await fold(chunks, "chat.completion"))
 
 
 async def own_tools(body: ChatRequest) -> dict[str, ServerTool]:
@@ -4774,13 +4768,13 @@ class ToolUse:
 Turn = tuple[TokenStream, AsyncIterator[Delta]]
 
 
-async def converse(engine: Engine | AdaptedEngine, render: Callable[[], Prompt], sampling: SamplingParams, use: ToolUse,
-                   answer: tuple[str, dict[str, Any]] | None, n: int = 1) -> Turn:
+async def converse(engine: Engine | AdaptedEngine, render: Callable[..., Prompt], answer: tuple[str, dict[str, Any]] | None,
+                   n: int, messages: list[dict[str, Any]], sampling: SamplingParams, use: ToolUse) -> Turn:
     """Put a conversation to a model: return the stream of n answers and the deltas, not yet in the queue, that it becomes.
 
     `answer` is the field that says what the answer must look like, and its grammar. Raises APIError 400, 429.
     """
-    prompt = await read_prompt(render)
+    prompt = await read_prompt(functools.partial(render, messages, tools=use.offered))
     form = answer_form(engine.model)
     enforced = use.forced or (use.offered if answer else [])
     if answer or enforced:
@@ -4833,10 +4827,10 @@ async def take_turns(ask: Callable[[list[dict[str, Any]], SamplingParams, ToolUs
                         sampling = replace(sampling, max_tokens=sampling.max_tokens - part.num_tokens)
                     reason = part.finish_reason
                     called = [tools.get(call["function"]["name"]) for call in said.get("tool_calls", ())]
-                    if again := reason == "tool_calls" and all(tool and not tool.needs_approval for tool in called):
-                        again, reason = sampling.max_tokens != 0, None if sampling.max_tokens != 0 else "length"
+                    if reason == "tool_calls" and all(tool and not tool.needs_approval for tool in called):
+                        reason = "length" if sampling.max_tokens == 0 else None  # with none the answer goes on
                     yield replace(part, finish_reason=reason)
-            if not again:
+            if reason:
                 return
             found, use = None, replace(use, forced=[])
 
@@ -4867,27 +4861,25 @@ def tool_names(tools: list[dict[str, Any]]) -> list[str]:
     return names
 
 
-def tool_use(tools: list[dict[str, Any]], choice: str | Tool | None, parallel: bool | None) -> ToolUse:
-    """Return what a request's tools and its choice of them ask for. Raises APIError 400."""
+def tool_use(tools: list[dict[str, Any]], choice: str | list[str] | None, parallel: bool | None) -> ToolUse:
+    """Return what a request's tools and its choice of them, which may be their names, ask for. Raises APIError 400."""
     names = tool_names(tools)
-    named = choice.function.name if isinstance(choice, Tool) else None
-    forced = [tool for tool, name in zip(tools, names) if choice == "required" or name == named]
+    wanted = {None: [], "auto": [], "none": [], "required": names}[choice] if isinstance(choice, str | None) else choice
+    forced = [tool for tool, name in zip(tools, names) if name in wanted]
     if choice not in (None, "auto", "none") and not forced:
         raise APIError(400, "tool_choice needs tools, and the tool that it names among them.", "invalid_value", "tool_choice")
-    max_calls = 1 if parallel is False or named else MAX_CALLS
-    return ToolUse([] if choice == "none" else tools, forced, max_calls)
+    one = parallel is False or isinstance(choice, list) and len(choice) == 1
+    return ToolUse([] if choice == "none" else tools, forced, 1 if one else MAX_CALLS)
 
 
 def constraint(form: ResponseFormat | None, wanted: StructuredOutputs | None,
                param: str = "response_format") -> tuple[str, dict[str, Any]] | None:
     """Return the field that says what the answer must look like, and its grammar. Raises APIError 400."""
-    given = []
-    if wanted is not None:
-        kinds = [(name, getattr(wanted, name)) for name in wanted.__struct_fields__]
-        given = [(f"structured_outputs.{kind}", kind, value) for kind, value in kinds if value is not None]
+    kinds = msgspec.structs.asdict(wanted) if wanted else {}
+    given = [(f"structured_outputs.{kind}", kind, value) for kind, value in kinds.items() if value is not None]
     if form and form.type != "text":
         if form.json_schema is None and form.type == "json_schema":
-            raise APIError(400, "The type json_schema needs a json_schema.", "invalid_value", f"{param}.json_schema")
+            raise APIError(400, "The type json_schema needs a schema, and its name.", "invalid_value", f"{param}.json_schema")
         given.append((param, "json", {"type": "object"} if form.type == "json_object" else form.json_schema.schema))
     if wanted is not None and len(given) != 1:
         raise APIError(400, "structured_outputs must have exactly one of json, regex, choice and grammar, and excludes "
@@ -4927,36 +4919,6 @@ def template_kwargs(model: Model, effort: str | None, given: dict[str, Any] | No
     return kwargs | (given or {})
 
 
-async def chat_chunks(streams: list[TokenStream], found: AsyncIterator[Delta],
-                      include_usage: bool) -> AsyncIterator[dict[str, Any]]:
-    """Yield the chunks of a chat completion, at last the usage if wanted."""
-    model, sequences = streams[0].engine.model, streams[0].sequences
-    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion.chunk", "created": int(time.time()),
-            "model": app.models.public_id(model.id)}
-    role, completion_tokens = {seq.index: {"role": "assistant"} for seq in sequences}, 0
-
-    def chunk(index: int, content: dict[str, Any], finish_reason: str | None, logprobs: dict | None) -> dict[str, Any]:
-        choice = {"index": index, "delta": content, "logprobs": logprobs, "finish_reason": finish_reason}
-        return {**head, "choices": [choice]}
-
-    async with aclosing(found):
-        async for part in found:
-            completion_tokens += part.num_tokens
-            logprobs = None
-            if sequences[part.index].sampling.logprobs is not None and part.tokens:
-                logprobs = {"content": [logprob_entry(model, token) for token in part.tokens], "refusal": None}
-            # None is sent while text is held back: clients that wait for a call give up after a first chunk without one.
-            if part.pieces or logprobs or part.index in role and part.finish_reason:
-                if len(role) == len(sequences) > 1:  # the SDK's streaming helper wants to see the choices in order
-                    for index in list(role):
-                        yield chunk(index, {**role.pop(index), "content": ""}, None, None)
-                yield chunk(part.index, {**role.pop(part.index, {}), **message_delta(part.pieces)}, None, logprobs)
-            if part.finish_reason:
-                yield chunk(part.index, {}, part.finish_reason, None)
-    if include_usage:
-        yield {**head, "choices": [], "usage": usage(streams, completion_tokens)}
-
-
 def message_delta(pieces: tuple[Piece, ...]) -> dict[str, Any]:
     """Return pieces as the delta of a chunk: one entry for each call that they are about."""
     texts = {kind: "".join(piece.text for piece in pieces if piece.kind == kind) for kind in ("content", "reasoning")}
@@ -4991,24 +4953,65 @@ def logprob_entry(model: Model, token: Token) -> dict[str, Any]:
     return {**shown(token.id, token.logprob), "top_logprobs": [shown(id, logprob) for id, logprob in token.top]}
 
 
-async def fold_chat(chunks: AsyncIterator[dict[str, Any]]) -> dict[str, Any]:
-    """Fold the chunks of a stream into the answer that is not streamed."""
+def chat_choices(stream: TokenStream, roles: dict[int, dict[str, Any]], part: Delta) -> Iterable[dict[str, Any]]:
+    """Yield the choices that the chunks of a chat show of a delta; `roles` has what each answer has still to begin with."""
+    def choice(index: int, content: dict[str, Any], finish_reason: str | None, logprobs: dict | None) -> dict[str, Any]:
+        return {"index": index, "delta": content, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    logprobs = None
+    if stream.sequences[part.index].sampling.logprobs is not None and part.tokens:
+        logprobs = {"content": [logprob_entry(stream.engine.model, token) for token in part.tokens], "refusal": None}
+    # None is sent while text is held back: clients that wait for a call give up after a first chunk without one.
+    if part.pieces or logprobs or part.index in roles and part.finish_reason:
+        if len(roles) == stream.n > 1:  # the SDK's streaming helper wants to see the choices in order
+            for index in list(roles):
+                yield choice(index, {**roles.pop(index), "content": ""}, None, None)
+        yield choice(part.index, {**roles.pop(part.index, {}), **message_delta(part.pieces)}, None, logprobs)
+    if part.finish_reason:
+        yield choice(part.index, {}, part.finish_reason, None)
+
+
+async def chunks_of(kind: str, id: str, streams: list[TokenStream], found: AsyncIterator[Delta],
+                    choices: Callable[[Delta], Iterable[dict[str, Any]]], include_usage: bool) -> AsyncIterator[dict[str, Any]]:
+    """Yield the chunks of a completion, of chat or text, at last the usage if wanted."""
+    head = {"id": f"{id}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()),
+            "model": app.models.public_id(streams[0].engine.model.id)}
+    completion_tokens = 0
+    async with aclosing(found):
+        async for part in found:
+            completion_tokens += part.num_tokens
+            for choice in choices(part):
+                yield {**head, "choices": [choice]}
+    if include_usage:
+        yield {**head, "choices": [], "usage": usage(streams, completion_tokens)}
+
+
+async def fold(chunks: AsyncIterator[dict[str, Any]], kind: str) -> dict[str, Any]:
+    """Fold the chunks of a stream, of chat or text completions, into the answer that is not streamed."""
     choices: dict[int, dict[str, Any]] = {}
     async with aclosing(chunks):
         async for chunk in chunks:
             for part in chunk["choices"]:
-                choice = choices.setdefault(part["index"], {"index": part["index"], "message": {
-                    "role": "assistant", "content": "", "refusal": None}, "logprobs": None, "finish_reason": None})
-                fold_message(choice["message"], part["delta"])
-                choice["finish_reason"] = part["finish_reason"] or choice["finish_reason"]
-                if part["logprobs"]:
-                    choice["logprobs"] = choice["logprobs"] or {"content": [], "refusal": None}
-                    choice["logprobs"]["content"] += part["logprobs"]["content"]
-    for choice in choices.values():
-        if choice["message"].get("tool_calls") and not choice["message"]["content"]:
-            choice["message"]["content"] = None
-    head = {key: chunk[key] for key in ("id", "created", "model")}
-    return {**head, "object": "chat.completion", "choices": [choices[i] for i in sorted(choices)], "usage": chunk["usage"]}
+                fold_choice(choices.setdefault(part["index"], {"index": part["index"], "logprobs": None}), part)
+    for message in (choice.get("message", {}) for choice in choices.values()):
+        if message.get("tool_calls") and not message["content"]:
+            message["content"] = None
+    return {**chunk, "object": kind, "choices": [choices[i] for i in sorted(choices)]}
+
+
+def fold_choice(choice: dict[str, Any], part: dict[str, Any]) -> None:
+    """Add a choice of a chunk to the same choice of the answer."""
+    if "delta" in part:
+        fold_message(choice.setdefault("message", {"role": "assistant", "content": "", "refusal": None}), part["delta"])
+    else:
+        choice["text"] = choice.get("text", "") + part["text"]
+    choice["finish_reason"] = part["finish_reason"]
+    if choice["logprobs"] is None:
+        choice["logprobs"] = part["logprobs"]
+    else:
+        for name, values in (part["logprobs"] or {}).items():
+            if values is not None:
+                choice["logprobs"][name] += values
 
 
 def fold_message(message: dict[str, Any], delta: dict[str, Any]) -> None:
@@ -5076,8 +5079,11 @@ async def completions() -> Response:
         texts = [with_suffix(engine.model, text, body.suffix) for text in texts]
     prompts = await read_prompt(read_prompts, engine.model, texts, body.add_special_tokens is not False)
     stream = engine.submit(prompts, sampling, body.n or 1)
-    chunks = completion_chunks(stream, texts if body.echo else [], body.include_usage)
-    return event_stream(chunks) if body.stream else json_response(await fold_completion(chunks))
+    spellings = [Spelling(engine.model, body.logprobs) for _ in stream.sequences]
+    echoes = {seq.index: texts[seq.index // stream.n] for seq in stream.sequences} if body.echo else {}
+    choices = functools.partial(completion_choices, stream, spellings, echoes)
+    chunks = chunks_of("text_completion", "cmpl", [stream], deltas(stream, continuing=True), choices, body.include_usage)
+    return event_stream(chunks) if body.stream else json_response(await fold(chunks, "text_completion"))
 
 
 def split_prompt(prompt: str | list, param: str = "prompt") -> list[str | list[int]]:
@@ -5155,55 +5161,27 @@ class Spelling:
         return self.bytes(id).decode(errors="replace")
 
 
-async def completion_chunks(stream: TokenStream, echoes: list[str | list[int]], include_usage: bool,
-                            ) -> AsyncIterator[dict[str, Any]]:
-    """Yield the chunks of a completion, at last the usage if wanted; `echoes` are the prompts where answers begin with them."""
-    model = stream.engine.model
-    head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()),
-            "model": app.models.public_id(model.id)}
-    spellings = [Spelling(model, seq.sampling.logprobs) for seq in stream.sequences]
-    to_echo = set(range(len(stream.sequences)) if echoes else ())
-    completion_tokens = 0
-    async with aclosing(deltas(stream, continuing=True)) as pieces:
-        async for piece in pieces:
-            completion_tokens += piece.num_tokens
-            seq, spelling, text, logprobs = stream.sequences[piece.index], spellings[piece.index], piece.text, None
-            if seq.index in to_echo:
-                to_echo.remove(seq.index)
-                echo = echoes[seq.index // stream.n]
-                echo = echo if isinstance(echo, str) else model.tokenizer.decode(echo, clean_up_tokenization_spaces=False)
-                spelling.add_prompt(itertools.chain.from_iterable(seq.scores), echo)
-                text = echo + text
-            if seq.sampling.logprobs is not None:
-                spelling.add([*piece.tokens, *piece.end])
-                logprobs = spelling.logprobs(text, last=bool(piece.finish_reason))
-            if text or logprobs or piece.finish_reason:
-                choice = {"index": seq.index, "text": text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
-                yield {**head, "choices": [choice]}
-    if include_usage:
-        yield {**head, "choices": [], "usage": usage([stream], completion_tokens)}
-
-
-async def fold_completion(chunks: AsyncIterator[dict[str, Any]]) -> dict[str, Any]:
-    """Fold the chunks of a stream into the answer that is not streamed."""
-    choices: dict[int, dict[str, Any]] = {}
-    async with aclosing(chunks):
-        async for chunk in chunks:
-            for part in chunk["choices"]:
-                choice = choices.setdefault(part["index"], {**part, "text": "", "logprobs": None})
-                choice["text"] += part["text"]
-                choice["finish_reason"] = part["finish_reason"]
-                choice["logprobs"] = choice["logprobs"] or part["logprobs"] and {name: [] for name in part["logprobs"]}
-                for name, values in (part["logprobs"] or {}).items():
-                    choice["logprobs"][name] += values
-    return {**chunk, "choices": [choices[i] for i in sorted(choices)]}
+def completion_choices(stream: TokenStream, spellings: list[Spelling], echoes: dict[int, str | list[int]],
+                       part: Delta) -> Iterable[dict[str, Any]]:
+    """Yield the choice that a chunk shows of a delta; `echoes` has what each answer has still to begin with."""
+    seq, spelling, text, logprobs = stream.sequences[part.index], spellings[part.index], part.text, None
+    if (echo := echoes.pop(seq.index, None)) is not None:
+        if not isinstance(echo, str):
+            echo = stream.engine.model.tokenizer.decode(echo, clean_up_tokenization_spaces=False)
+        spelling.add_prompt(itertools.chain.from_iterable(seq.scores), echo)
+        text = echo + text
+    if seq.sampling.logprobs is not None:
+        spelling.add([*part.tokens, *part.end])
+        logprobs = spelling.logprobs(text, last=bool(part.finish_reason))
+    if text or logprobs or part.finish_reason:
+        yield {"index": seq.index, "text": text, "logprobs": logprobs, "finish_reason": part.finish_reason}
 
 
 MAX_TOKENIZED = 4 << 20  # characters
 
 
 class TokenizeRequest(msgspec.Struct):
-    prompt: str
+    prompt: Annotated[str, Meta(max_length=MAX_TOKENIZED)]
     model: str | None = None
     add_special_tokens: bool | None = None
     messages: Any = None
@@ -5211,7 +5189,7 @@ class TokenizeRequest(msgspec.Struct):
 
 
 class DetokenizeRequest(msgspec.Struct):
-    tokens: TokenIds
+    tokens: Annotated[TokenIds, Meta(max_length=MAX_TOKENIZED // 16)]
     model: str | None = None
 
 
@@ -5220,9 +5198,6 @@ class DetokenizeRequest(msgspec.Struct):
 async def tokenize_text() -> Response:
     """Answer with the token ids of a text, of more than fits a prompt too."""
     body = await read_body(TokenizeRequest)
-    if len(body.prompt) > MAX_TOKENIZED:
-        raise APIError(400, f"The prompt has {len(body.prompt)} characters, and at most {MAX_TOKENIZED} are taken.",
-                       "invalid_value", "prompt")
     refuse(body, {"messages": (), "return_token_strs": (False,)})
     engine = await app.models.get(body.model, KINDS)
     read = functools.partial(engine.model.tokenizer, body.prompt, add_special_tokens=body.add_special_tokens is not False)
@@ -5235,9 +5210,6 @@ async def tokenize_text() -> Response:
 async def detokenize() -> Response:
     """Answer with the text of token ids, special ones included."""
     body = await read_body(DetokenizeRequest)
-    if len(body.tokens) > MAX_TOKENIZED // 16:
-        raise APIError(400, f"There are {len(body.tokens)} token ids, and at most {MAX_TOKENIZED // 16} are taken.",
-                       "invalid_value", "tokens")
     model = (await app.models.get(body.model, KINDS)).model
     if max(body.tokens, default=0) >= model.vocab_size:
         raise APIError(400, f"tokens has a token id outside the vocabulary of {model.vocab_size}.", "invalid_value", "tokens")
@@ -5253,8 +5225,195 @@ async def tokenizer_info() -> Response:
     return json_response({"tokenizer_class": type(tokenizer).__name__, **{name: getattr(tokenizer, name) for name in names}})
 
 
+# ── Stored responses ──────────────────────────────────────────────────────────────────────────────────────────────────
+# What was answered, and what is being answered in the background: kept, continued, followed, cancelled and forgotten.
+
+UNFINISHED = ("queued", "in_progress")
+STORED_RESPONSES, STORED_BYTES = 4096, 256 << 20
+SCHEMA = """
+    PRAGMA journal_mode = WAL;
+    PRAGMA synchronous = NORMAL;  -- a commit survives the process, if not the machine
+    CREATE TABLE IF NOT EXISTS responses
+        (id TEXT PRIMARY KEY, used REAL, size INTEGER, response TEXT, items TEXT, frames BLOB);
+"""
+EVICT = """
+    DELETE FROM responses WHERE id IN (SELECT id FROM (
+        SELECT id, count(*) OVER newest AS number, sum(size) OVER newest AS bytes FROM responses
+        WINDOW newest AS (ORDER BY used DESC, id ROWS UNBOUNDED PRECEDING)) WHERE number > ? OR bytes > ?)
+"""
+
+
+@dataclass(slots=True, eq=False)
+class LiveResponse:
+    """A response that is made or looked at: itself, its own input, and its events as they are sent."""
+
+    response: dict[str, Any]
+    items: list[dict[str, Any]] = field(default_factory=list)
+    frames: list[bytes] = field(default_factory=list)
+    ended: bool = False
+    error: APIError | None = None
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    changed: trio.Event = field(default_factory=trio.Event)
+
+    async def add(self, event: dict[str, Any]) -> bytes:
+        """Return an event as it is sent, and let followers have it; what has ended is kept first."""
+        body = encode({**event, "sequence_number": len(self.frames)})
+        frame = b"event: %s\ndata: %s\n\n" % (event["type"].encode(), body)
+        ended = self.response["status"] not in UNFINISHED
+        if ended and self.response["store"]:
+            await app.responses.save(self.response, self.items, [*self.frames, frame])
+        self.frames.append(frame)
+        self.ended = ended
+        self.changed.set()
+        self.changed = trio.Event()
+        return frame
+
+
+def item_id(kind: str, response_id: str, place: str | int) -> str:
+    """Return the id of a response's item, which tells whose it is and where: in the output, or after an i in the input."""
+    prefixes = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco", "mcp_call": "mcp",
+                "mcp_list_tools": "mcpl", "mcp_approval_request": "mcpr", "mcp_approval_response": "mcpa"}
+    return f"{prefixes.get(kind, kind)}_{response_id.partition('_')[2]}_{place}"
+
+
+class ResponseStore:
+    """What was answered, in SQLite: in memory, or in a file that outlives the server. Least recently used out first."""
+
+    def __init__(self, path: str | None) -> None:
+        self.turn = trio.CapacityLimiter(1)
+        try:
+            self.database = sqlite3.connect(path or ":memory:", isolation_level=None, check_same_thread=False)
+            self.database.executescript(SCHEMA)
+        except sqlite3.Error as error:
+            raise APIError(500, f"--response-store: {path}: {error}") from error
+
+    async def run(self, sql: str, *values: Any) -> list[tuple]:
+        """Run one statement, off the event loop."""
+        return await trio.to_thread.run_sync(lambda: self.database.execute(sql, values).fetchall(), limiter=self.turn)
+
+    async def save(self, response: dict[str, Any], items: list[dict[str, Any]], frames: list[bytes]) -> None:
+        """Keep a response, and no more of the others than there is room for."""
+        texts = encode(response).decode(), encode(items).decode()
+        packed = await trio.to_thread.run_sync(zlib.compress, b"".join(frames), 1)
+        try:
+            await self.run("INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?, ?, ?)", response["id"], time.time(),
+                           sum(map(len, texts)) + len(packed), *texts, packed)
+            await self.run(EVICT, STORED_RESPONSES, STORED_BYTES)
+        except sqlite3.Error as error:  # a full disk is no reason to withhold an answer
+            log.error("a response was not stored: %s", error)
+
+    async def load(self, id: str, param: str = "response_id") -> LiveResponse:
+        """Return a response that is being made or was kept. Raises APIError 404."""
+        if id in app.live:
+            return app.live[id]
+        rows = await self.run("UPDATE responses SET used = ? WHERE id = ? RETURNING response, items", time.time(), id)
+        if not rows:
+            raise APIError(404, f"There is no response {id!r}, or not any more.", "response_not_found", param)
+        response, items = map(msgspec.json.decode, rows[0])
+        if response["status"] in UNFINISHED:  # nobody is at it: the server was killed
+            response |= {"status": "failed", "error": {"code": "server_error", "message": "The server ended first."}}
+        return LiveResponse(response, items, ended=True)
+
+    async def conversation(self, id: str | None, param: str) -> list[dict[str, Any]]:
+        """Return the items of a response and of all that it continues, oldest first. Raises APIError 400, 404."""
+        turns: list[list[dict[str, Any]]] = []
+        while id is not None:
+            kept = await self.load(id, param)
+            if not kept.ended:
+                raise APIError(400, f"The response {id!r} is still being made.", "invalid_value", param)
+            turns.append(kept.items + kept.response["output"])
+            id = kept.response["previous_response_id"]
+        return list(itertools.chain.from_iterable(reversed(turns)))
+
+    async def item(self, id: str) -> dict[str, Any]:
+        """Return an item of a response that was kept. Raises APIError 404."""
+        if owner := re.fullmatch(r"[a-z]+_([0-9a-f]{32})_i?\d+", id):
+            kept = await self.load(f"resp_{owner[1]}", "input")
+            for item in kept.items + kept.response["output"]:
+                if item["id"] == id:
+                    return item
+        raise APIError(404, f"There is no item {id!r}.", "item_not_found", "input")
+
+
+async def followed(live: LiveResponse, start: int) -> AsyncIterator[bytes]:
+    """Yield the events of a response from a number on, as they come."""
+    while start < len(live.frames) or not live.ended:
+        if start < len(live.frames):
+            yield live.frames[start]
+            start += 1
+        else:
+            await live.changed.wait()
+
+
+class ResponseQuery(msgspec.Struct):
+    stream: bool = False
+    starting_after: Annotated[int, Meta(ge=0)] = -1
+    after: str | None = None
+    limit: Annotated[int, Meta(ge=1, le=100)] = 20
+    order: Literal["asc", "desc"] = "desc"
+
+
+def read_query() -> ResponseQuery:
+    """Return the URL's query. Raises APIError 400."""
+    try:
+        return msgspec.convert(request.args.to_dict(), ResponseQuery, strict=False)
+    except msgspec.ValidationError as error:
+        raise invalid_field(error) from None
+
+
+@app.get("/v1/responses/<id>")
+async def retrieve_response(id: str) -> Response:
+    """Answer with a response as it is, or with its events after a number."""
+    live = await app.responses.load(id)
+    query = read_query()
+    if not query.stream:
+        return json_response(live.response)
+    for [packed] in await app.responses.run("SELECT frames FROM responses WHERE id = ?", id) if live.ended else ():
+        live.frames = [frame + b"\n\n" for frame in zlib.decompress(packed).split(b"\n\n")[:-1]]
+    return event_stream(followed(live, query.starting_after + 1), end=b"")
+
+
+@app.delete("/v1/responses/<id>")
+async def delete_response(id: str) -> Response:
+    """Forget a response, ending it if it is being made."""
+    await stop_response(await app.responses.load(id))
+    await app.responses.run("DELETE FROM responses WHERE id = ?", id)
+    return json_response({"id": id, "object": "response", "deleted": True})
+
+
+@app.post("/v1/responses/<id>/cancel")
+async def cancel_response(id: str) -> Response:
+    """End a background response; one that has ended stays as it is."""
+    live = await app.responses.load(id)
+    if not live.response["background"]:
+        raise APIError(400, "Only background responses can be cancelled.", "invalid_value", "response_id")
+    await stop_response(live)
+    return json_response(live.response)
+
+
+async def stop_response(live: LiveResponse) -> None:
+    live.scope.cancel()
+    while not live.ended:
+        await live.changed.wait()
+
+
+@app.get("/v1/responses/<id>/input_items")
+async def list_input_items(id: str) -> Response:
+    """List the items that a response answers, those of the responses it continues among them; the newest first."""
+    live, query = await app.responses.load(id), read_query()
+    items = await app.responses.conversation(live.response["previous_response_id"], "response_id") + live.items
+    items = items if query.order == "asc" else items[::-1]
+    ids = [item["id"] for item in items]
+    if query.after is not None and query.after not in ids:
+        raise APIError(404, f"There is no item {query.after!r}.", "item_not_found", "after")
+    start = 0 if query.after is None else ids.index(query.after) + 1
+    page, shown = items[start:start + query.limit], ids[start:start + query.limit] or [None]
+    return json_response({"object": "list", "data": page, "first_id": shown[0], "last_id": shown[-1],
+                          "has_more": start + query.limit < len(items)})
+
+
 # ── Responses ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-# POST /v1/responses, and what is kept of them: items become messages, deltas become events, the answer is the last event's.
+# POST /v1/responses: items become messages, deltas become events, and the answer is what the last event shows.
 
 RESPONSE_REFUSED = REFUSED | {
     "n": (1,), "max_tokens": (), "max_completion_tokens": (), "prompt": (), "conversation": (), "moderation": (),
@@ -5311,135 +5470,19 @@ class ResponseRequest(ResponseRefused, kw_only=True):
     user: str | None = None
 
 
-UNFINISHED = ("queued", "in_progress")
-STORED_RESPONSES, STORED_BYTES = 4096, 256 << 20
-SCHEMA = """
-    PRAGMA journal_mode = WAL;
-    PRAGMA synchronous = NORMAL;  -- a commit survives the process, if not the machine
-    CREATE TABLE IF NOT EXISTS responses
-        (id TEXT PRIMARY KEY, used REAL, size INTEGER, response TEXT, items TEXT, frames BLOB);
-"""
-EVICT = """
-    DELETE FROM responses WHERE id IN (SELECT id FROM (
-        SELECT id, count(*) OVER newest AS number, sum(size) OVER newest AS bytes FROM responses
-        WINDOW newest AS (ORDER BY used DESC, id ROWS UNBOUNDED PRECEDING)) WHERE number > ? OR bytes > ?)
-"""
-
-
-@dataclass(slots=True, eq=False)
-class LiveResponse:
-    """A response that is made or looked at: itself, its own input, and its events as they are sent."""
-
-    response: dict[str, Any]
-    items: list[dict[str, Any]] = field(default_factory=list)
-    frames: list[bytes] = field(default_factory=list)
-    ended: bool = False
-    error: APIError | None = None
-    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    changed: trio.Event = field(default_factory=trio.Event)
-
-    async def add(self, event: dict[str, Any]) -> bytes:
-        """Return an event as it is sent, and let followers have it; what has ended is kept first."""
-        body = encode({**event, "sequence_number": len(self.frames)})
-        frame = b"event: %s\ndata: %s\n\n" % (event["type"].encode(), body)
-        ended = self.response["status"] not in UNFINISHED
-        if ended and self.response["store"]:
-            await app.responses.save(self.response, self.items, [*self.frames, frame])
-        self.frames.append(frame)
-        self.ended = ended
-        self.changed.set()
-        self.changed = trio.Event()
-        return frame
-
-
-class ResponseStore:
-    """What was answered, in SQLite: in memory, or in a file that outlives the server. Least recently used out first."""
-
-    def __init__(self, path: str | None) -> None:
-        self.turn = trio.CapacityLimiter(1)
-        try:
-            self.database = sqlite3.connect(path or ":memory:", isolation_level=None, check_same_thread=False)
-            self.database.executescript(SCHEMA)
-        except sqlite3.Error as error:
-            raise APIError(500, f"--response-store: {path}: {error}") from error
-
-    async def run(self, sql: str, *values: Any) -> list[tuple]:
-        """Run one statement, off the event loop."""
-        return await trio.to_thread.run_sync(lambda: self.database.execute(sql, values).fetchall(), limiter=self.turn)
-
-    async def save(self, response: dict[str, Any], items: list[dict[str, Any]], frames: list[bytes]) -> None:
-        """Keep a response, and no more of the others than there is room for."""
-        texts = encode(response).decode(), encode(items).decode()
-        packed = await trio.to_thread.run_sync(zlib.compress, b"".join(frames), 1)
-        try:
-            await self.run("INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?, ?, ?)", response["id"], time.time(),
-                           sum(map(len, texts)) + len(packed), *texts, packed)
-            await self.run(EVICT, STORED_RESPONSES, STORED_BYTES)
-        except sqlite3.Error as error:  # a full disk is no reason to withhold an answer
-            log.error("a response was not stored: %s", error)
-
-    async def load(self, id: str, param: str = "response_id") -> LiveResponse:
-        """Return a response that is being made or was kept. Raises APIError 404."""
-        if id in app.live:
-            return app.live[id]
-        rows = await self.run("UPDATE responses SET used = ? WHERE id = ? RETURNING response, items", time.time(), id)
-        if not rows:
-            raise APIError(404, f"There is no response {id!r}, or not any more.", "response_not_found", param)
-        response, items = map(msgspec.json.decode, rows[0])
-        if response["status"] in UNFINISHED:  # nobody is at it: the server was killed
-            response |= {"status": "failed", "error": {"code": "server_error", "message": "The server ended first."}}
-        return LiveResponse(response, items, ended=True)
-
-    async def conversation(self, id: str | None, param: str) -> list[dict[str, Any]]:
-        """Return the items of a response and of all that it continues, oldest first. Raises APIError 400, 404."""
-        turns: list[list[dict[str, Any]]] = []
-        while id is not None:
-            kept = await self.load(id, param)
-            if not kept.ended:
-                raise APIError(400, f"The response {id!r} is still being made.", "invalid_value", param)
-            turns.append(kept.items + kept.response["output"])
-            id = kept.response["previous_response_id"]
-        return list(itertools.chain.from_iterable(reversed(turns)))
-
-    async def item(self, id: str) -> dict[str, Any]:
-        """Return an item of a response that was kept. Raises APIError 404."""
-        owner = re.fullmatch(r"[a-z]+_([0-9a-f]{32})_i?\d+", id)
-        kept = await self.load(f"resp_{owner[1]}", "input") if owner else None
-        for item in [*kept.items, *kept.response["output"]] if kept else ():
-            if item["id"] == id:
-                return item
-        raise APIError(404, f"There is no item {id!r}.", "item_not_found", "input")
-
-
 @app.post("/v1/responses")
 @takes(ResponseRequest)
 async def create_response() -> Response:
     """Answer a conversation, of whose beginning the id of an earlier response may be all that is sent."""
     body = await read_body(ResponseRequest)
     refuse(body, RESPONSE_REFUSED)
-    body.text, body.reasoning = body.text or TextOptions(), body.reasoning or ReasoningOptions()
-    body.max_tokens = body.max_output_tokens
-    logprobs = "message.output_text.logprobs" in (body.include or ())
-    if body.top_logprobs and not logprobs:
-        raise APIError(400, "top_logprobs needs message.output_text.logprobs in include.", "invalid_value", "top_logprobs")
     if body.background and body.store is False:
         raise APIError(400, "background needs store: it is read from there.", "invalid_value", "background")
-    engine = await app.models.get(body.model)
-    sampling = sampling_params(body, engine.model, (body.top_logprobs or 0) if logprobs else None)
-    live = LiveResponse(new_response(body, engine.model, sampling))
-    past = await app.responses.conversation(body.previous_response_id, "previous_response_id")
-    live.items = await read_input(body.input, live.response["id"])
-    with own_params():
-        messages = await fetch_media(read_items(past, live.items, body.instructions), engine.model,
-                                     app.settings.allowed_media_domain)
-    asked = [converted(tool, McpTools, f"tools[{i}]") for i, tool in enumerate(body.tools or ()) if tool.get("type") == "mcp"]
-    tools, lists = await mcp_tools(asked, [tool.get("name") for tool in body.tools or ()])
-    known = [item.get("server_label") for item in past + live.items if item["type"] == "mcp_list_tools"]
-    lists = [listed for listed in lists if listed["server_label"] not in known]
-    approved = approved_calls(past + live.items, tools)
-    streams, found = await take_turns(functools.partial(response_turn, engine, body), messages, sampling,
-                                      response_tools(body, tools), tools, body.max_tool_calls or MAX_SERVER_CALLS, approved)
-    events = told(live, response_events(live.response, streams, found, tools, lists, approved))
+    try:
+        live, events = await begin_response(body)
+    except APIError as error:  # what chat nests is flat here, and its messages are items
+        error.param = error.param and re.sub(r"\.function|\.json_schema$", "", re.sub("^messages.*", "input", error.param))
+        raise
     if body.background:
         await app.responses.save(live.response, live.items, [])
         app.live[live.response["id"]] = live
@@ -5455,30 +5498,39 @@ async def create_response() -> Response:
     return json_response(live.response)
 
 
-async def response_turn(engine: Engine | AdaptedEngine, body: ResponseRequest, messages: list[dict[str, Any]],
-                        sampling: SamplingParams, use: ToolUse) -> Turn:
-    """Put a response's conversation to the model. Raises APIError 400, 429."""
+async def begin_response(body: ResponseRequest) -> tuple[LiveResponse, AsyncIterator[bytes]]:
+    """Put a request to the model: return its response, and the events, as they are sent, by which that is made.
+
+    Raises APIError 400, 404, 429.
+    """
+    body.text, body.reasoning = body.text or TextOptions(), body.reasoning or ReasoningOptions()
+    body.max_tokens = body.max_output_tokens
+    logprobs = "message.output_text.logprobs" in (body.include or ())
+    if body.top_logprobs and not logprobs:
+        raise APIError(400, "top_logprobs needs message.output_text.logprobs in include.", "invalid_value", "top_logprobs")
+    engine = await app.models.get(body.model)
+    sampling = sampling_params(body, engine.model, (body.top_logprobs or 0) if logprobs else None)
+    form = body.text.format = body.text.format or TextFormat("text")
+    schema = None if None in (form.name, form.schema) else JSONSchema(form.schema)
+    answer = constraint(ResponseFormat(form.type, schema), None, "text.format")
     kwargs = template_kwargs(engine.model, body.reasoning.effort, body.chat_template_kwargs, "reasoning.effort")
-    form = body.text.format or TextFormat("text")
-    if form.type == "json_schema" and (form.name is None or form.schema is None):
-        raise APIError(400, "The type json_schema needs a name and a schema.", "invalid_value", "text.format")
-    answer = constraint(ResponseFormat(form.type, JSONSchema(form.schema)), None, "text.format")
-    with own_params():
-        render = functools.partial(render_chat, engine.model, continue_final=False, kwargs=kwargs, tools=use.offered)
-        if body.truncation == "auto":
-            render = functools.partial(render_fitting, render, engine.max_len, body.instructions is not None)
-        return await converse(engine, functools.partial(render, messages), sampling, use, answer)
-
-
-@contextmanager
-def own_params() -> Iterator[None]:
-    """Name the fields of errors as this API has them: its functions are tools, and its messages are items."""
-    try:
-        yield
-    except APIError as error:
-        param = str(error.param).replace(".function", "")
-        error.param = error.param and ("input" if param.startswith("messages") else param)
-        raise
+    live = LiveResponse(new_response(body, engine.model, sampling))
+    past = await app.responses.conversation(body.previous_response_id, "previous_response_id")
+    live.items = await read_input(body.input, live.response["id"])
+    messages = await fetch_media(read_items(past, live.items, body.instructions), engine.model,
+                                 app.settings.allowed_media_domain)
+    asked = [converted(tool, McpTools, f"tools[{i}]") for i, tool in enumerate(body.tools or ()) if tool.get("type") == "mcp"]
+    tools, lists = await mcp_tools(asked, [tool.get("name") for tool in body.tools or ()])
+    known = [item.get("server_label") for item in past + live.items if item["type"] == "mcp_list_tools"]
+    lists = [listed for listed in lists if listed["server_label"] not in known]
+    approved = approved_calls(past + live.items, tools)
+    render = functools.partial(render_chat, engine.model, continue_final=False, kwargs=kwargs)
+    if body.truncation == "auto":
+        render = functools.partial(render_fitting, render, engine.max_len, body.instructions is not None)
+    ask = functools.partial(converse, engine, render, answer, 1)
+    streams, found = await take_turns(ask, messages, sampling, response_tools(body, tools), tools,
+                                      body.max_tool_calls or MAX_SERVER_CALLS, approved)
+    return live, told(live, response_events(live.response, streams, found, tools, lists, approved))
 
 
 def new_response(body: ResponseRequest, model: Model, sampling: SamplingParams) -> dict[str, Any]:
@@ -5493,8 +5545,7 @@ def new_response(body: ResponseRequest, model: Model, sampling: SamplingParams) 
         "tools": [{name: tool[name] for name in tool if name not in SECRETS} for tool in body.tools or ()],
         "tool_choice": body.tool_choice or "auto",
         "parallel_tool_calls": body.parallel_tool_calls is not False, "truncation": body.truncation or "disabled",
-        "text": {"format": msgspec.to_builtins(body.text.format or TextFormat("text")),
-                 "verbosity": body.text.verbosity or "medium"},
+        "text": {"format": msgspec.to_builtins(body.text.format), "verbosity": body.text.verbosity or "medium"},
         "reasoning": {"effort": body.reasoning.effort, "summary": body.reasoning.summary},
         "top_logprobs": body.top_logprobs or 0,
         **{name: getattr(sampling, name) for name in ("temperature", "top_p", "presence_penalty", "frequency_penalty")},
@@ -5522,14 +5573,6 @@ def meant(choice: dict[str, Any], tools: dict[str, ServerTool]) -> list[str]:
         return [choice.get("name")]
     return [name for name, tool in tools.items() if tool.server.label == choice["server_label"]
             and choice.get("name") in (None, tool.listed.name)]
-
-
-def item_id(kind: str, response_id: str, place: str | int) -> str:
-    """Return the id of a response's item, which tells whose it is."""
-    prefixes = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco", "mcp_call": "mcp",
-                "mcp_list_tools": "mcpl", "mcp_approval_request": "mcpr", "mcp_approval_response": "mcpa"}
-    prefix = prefixes.get(kind, kind)
-    return f"{prefix}_{response_id.partition('_')[2]}_{place}"
 
 
 async def read_input(given: str | list[dict[str, Any]], response_id: str) -> list[dict[str, Any]]:
@@ -5584,10 +5627,9 @@ def read_items(past: list[dict[str, Any]], items: list[dict[str, Any]], instruct
                 requests[id] = item
             case {"type": "mcp_approval_response", "approval_request_id": str(id), "approve": bool(approve)} if id in requests:
                 if not approve:
-                    past_call(messages, requests[id], item.get("reason") or "The user did not approve of this call.")
+                    past_call(messages, requests[id], str(item.get("reason") or "The user did not approve of this call."))
             case {"type": "mcp_call", "id": str(), "name": str(), "arguments": str()}:
-                if (text := call_text(item)) is not None:
-                    past_call(messages, item, text)
+                past_call(messages, item, call_text(item))
             case {"type": "function_call_output", "call_id": str(id)} if id not in calls:
                 raise APIError(400, f"No function call has the call_id {id!r}.", "invalid_value", where)
             case _:
@@ -5609,10 +5651,11 @@ def chat_call(id: str, name: str, arguments: str) -> dict[str, Any]:
     return {"id": f"{zlib.crc32(id.encode()):09x}", "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def past_call(messages: list[dict[str, Any]], call: dict[str, Any], text: str) -> None:
-    """Add an MCP call, and what came of it."""
-    say(messages, "tool_calls", [said := chat_call(call["id"], call["name"], call["arguments"])])
-    messages.append({"role": "tool", "tool_call_id": said["id"], "content": text})
+def past_call(messages: list[dict[str, Any]], call: dict[str, Any], text: str | None) -> None:
+    """Add an MCP call, and what came of it, unless it was not run."""
+    if text is not None:
+        say(messages, "tool_calls", [said := chat_call(call["id"], call["name"], call["arguments"])])
+        messages.append({"role": "tool", "tool_call_id": said["id"], "content": text})
 
 
 def call_text(item: dict[str, Any]) -> str | None:
@@ -5623,11 +5666,10 @@ def call_text(item: dict[str, Any]) -> str | None:
     return item.get("error") and encode(item["error"]).decode()
 
 
-def chat_parts(parts: list[Any], where: str) -> list[dict[str, Any]]:
+def chat_parts(parts: Any, where: str) -> list[dict[str, Any]]:
     """Return the parts of an item's content as chat completions spell them. Raises APIError 400."""
-    if not all(isinstance(part, dict) for part in parts) or any(part.get("file_id") is not None for part in parts):
-        raise APIError(400, "The parts of content are objects, none with a file_id: there are no files here.", "invalid_value",
-                       where)
+    if not isinstance(parts, list) or any(not isinstance(part, dict) or part.get("file_id") is not None for part in parts):
+        raise APIError(400, "content is a list of objects without file_id: there are no files.", "invalid_value", where)
     return [{"type": "image_url", "image_url": {"url": part.get("image_url"), "detail": part.get("detail") or "auto"}}
             if part.get("type") == "input_image" else part for part in parts]
 
@@ -5639,129 +5681,31 @@ def response_tools(body: ResponseRequest, own: dict[str, ServerTool]) -> ToolUse
     match body.tool_choice:
         case None | "none" | "auto" | "required" as choice:
             pass
-        case {"type": "function", "name": str(name)}:
-            choice = Tool("function", Function(name))
-        case {"type": "mcp", "server_label": str()} as chosen:
-            names = meant(chosen, own)
-            forced = [own[name].definition for name in names]
-            if not forced:
-                raise APIError(400, f"tool_choice {chosen!r} is of none of the tools.", "invalid_value", "tool_choice")
-            use = tool_use(tools, "auto", body.parallel_tool_calls)
-            return replace(use, forced=forced, max_calls=1 if chosen.get("name") else use.max_calls)
+        case {"type": "function", "name": str()} | {"type": "mcp", "server_label": str()} as chosen:
+            choice = meant(chosen, own)
         case {"type": "allowed_tools", "mode": "auto" | "required" as choice, "tools": list(allowed)}:
-            names = [name for tool in allowed if isinstance(tool, dict) and tool.get("type") in ("function", "mcp")
-                     for name in meant(tool, own)]
+            names = [name for tool in allowed if isinstance(tool, dict) for name in meant(tool, own)]
             tools = [tool for tool in tools if tool["function"].get("name") in names]
         case other:
             raise APIError(400, f"tool_choice {other!r} is not supported here.", "invalid_value", "tool_choice")
-    with own_params():
-        return tool_use(tools, choice, body.parallel_tool_calls)
+    return tool_use(tools, choice, body.parallel_tool_calls)
 
 
-def render_fitting(render: Callable[[list], Prompt], max_len: int, kept: int, messages: list[dict[str, Any]]) -> Prompt:
+def render_fitting(render: Callable[..., Prompt], max_len: int, kept: int, messages: list[dict[str, Any]],
+                   tools: list[dict[str, Any]]) -> Prompt:
     """Render messages without as many of the oldest, but for the first `kept`, as it takes to fit."""
     starts = [i for i in range(kept, len(messages)) if messages[i]["role"] != "tool"]
 
     def fits(start: int) -> bool:
         try:
-            return len(render(messages[:kept] + messages[start:]).token_ids) < max_len
+            return len(render(messages[:kept] + messages[start:], tools=tools).token_ids) < max_len
         except APIError as error:
             if error.code != "context_length_exceeded":
                 raise
             return False
 
     first = starts[min(bisect.bisect_left(starts, True, key=fits), len(starts) - 1)]
-    return render(messages[:kept] + messages[first:])
-
-
-async def response_events(response: dict[str, Any], streams: list[TokenStream], found: AsyncIterator[Delta | CallResult],
-                          tools: dict[str, ServerTool], lists: list[dict[str, Any]],
-                          approved: list[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
-    """Yield the events of a response; they show it, and its items, as they are at the time, and are to be encoded then."""
-    yield {"type": "response.created", "response": response}
-    if response["status"] == "queued":
-        yield {"type": "response.queued", "response": response}
-        response["status"] = "in_progress"
-    yield {"type": "response.in_progress", "response": response}
-    for listed in lists:
-        for event in list_events(response, listed):
-            yield event
-    async with aclosing(answer_events(response, streams, found, tools, approved)) as events:
-        async for event in events:
-            yield event
-    cut = response["incomplete_details"] is not None
-    response |= {"status": "incomplete"} if cut else {"status": "completed", "completed_at": int(time.time())}
-    yield {"type": f"response.{response['status']}", "response": response}
-
-
-def list_events(response: dict[str, Any], listed: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    """Add the list of a server's tools to the response, and yield the events."""
-    index = len(response["output"])
-    item = {"id": item_id("mcp_list_tools", response["id"], index), **listed, "tools": [], "error": None}
-    response["output"].append(item)
-    yield from opening(item, index)
-    item |= listed
-    yield {"type": "response.mcp_list_tools." + ("failed" if item["error"] else "completed"), **place(item, index)}
-    yield {"type": "response.output_item.done", "output_index": index, "item": item}
-
-
-async def answer_events(response: dict[str, Any], streams: list[TokenStream], found: AsyncIterator[Delta | CallResult],
-                        tools: dict[str, ServerTool], approved: list[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
-    """Yield the events of an answer, turn by turn, and add its items and its tokens to the response."""
-    output, num_tokens = response["output"], 0
-    item: dict[str, Any] | None = None  # the one that is being written
-    unsaid: list[Token] = []  # those whose text is held back
-    calls: deque[dict[str, Any]] = deque()  # the items of those that may be run
-
-    def begin(kind: str, name: str) -> Iterable[dict[str, Any]]:
-        nonlocal item
-        item = new_item(kind, item_id(kind, response["id"], len(output)), name, tools)
-        output.append(item)
-        calls.extend([item] if kind == "mcp_call" else ())
-        return opening(item, len(output) - 1)
-
-    def end(status: str = "completed") -> Iterable[dict[str, Any]]:
-        nonlocal item
-        ended, item = item, None
-        return closing(ended, len(output) - 1, status) if ended else ()
-
-    for call in approved:
-        for event in begin("mcp_call", call["function"]["name"]):
-            yield event
-        item["approval_request_id"] = call["approval_request_id"]
-        yield addition(item, len(output) - 1, call["function"]["arguments"], [])
-        for event in end():
-            yield event
-    async with aclosing(found):
-        async for part in found:
-            if isinstance(part, CallResult):
-                for event in itertools.chain(end(), run_events(call := calls.popleft(), output.index(call), part)):
-                    yield event
-                continue
-            num_tokens += part.num_tokens
-            [seq], model = streams[-1].sequences, streams[-1].engine.model
-            unsaid += part.tokens if seq.sampling.logprobs is not None else ()
-            pieces = part.pieces
-            if part.finish_reason and not pieces and (item is None or unsaid and item["type"] == "message"):
-                pieces = (Piece("content", ""),)
-            for piece in pieces:
-                kind = item["type"] if piece.kind == "arguments" else item_kind(piece, tools)
-                if item is None or item["type"] != kind or piece.kind == "call":
-                    for event in itertools.chain(end(), begin(kind, piece.text)):
-                        yield event
-                if piece.kind != "call":
-                    logprobs = [logprob_entry(model, token) for token in unsaid] if kind == "message" else []
-                    if event := addition(item, len(output) - 1, piece.text, logprobs):
-                        yield event
-                unsaid = []
-            if part.finish_reason == "length":
-                response["incomplete_details"] = {"reason": "max_output_tokens"}
-    for event in end("incomplete" if response["incomplete_details"] else "completed"):
-        yield event
-    for call in calls:  # there were too many, or others for the client to answer
-        call["status"] = "incomplete"
-        yield {"type": "response.output_item.done", "output_index": output.index(call), "item": call}
-    response["usage"] = await response_usage(streams, num_tokens, output)
+    return render(messages[:kept] + messages[first:], tools=tools)
 
 
 def item_kind(piece: Piece, tools: dict[str, ServerTool]) -> str:
@@ -5774,69 +5718,80 @@ def item_kind(piece: Piece, tools: dict[str, ServerTool]) -> str:
 
 
 def new_item(kind: str, id: str, name: str, tools: dict[str, ServerTool]) -> dict[str, Any]:
-    """Return an item with nothing in it yet; a call's has its name."""
+    """Return an item with nothing in it yet, but for the name of what is called, or of the server whose tools it lists."""
+    item = {"id": id, "type": kind, "status": "in_progress"}
     match kind:
         case "message":
-            own = {"status": "in_progress", "role": "assistant", "content": []}
+            return {**item, "role": "assistant", "content": []}
         case "reasoning":
-            own = {"status": "in_progress", "summary": [], "content": []}
+            return {**item, "summary": [], "content": []}
         case "function_call":
-            own = {"status": "in_progress", "call_id": f"call_{uuid.uuid4().hex[:9]}", "name": name, "arguments": ""}
-        case _:
-            own = {"server_label": tools[name].server.label, "name": tools[name].listed.name, "arguments": ""}
-            if kind == "mcp_call":
-                own |= {"status": "in_progress", "output": None, "error": None, "approval_request_id": None}
+            return {**item, "call_id": f"call_{uuid.uuid4().hex[:9]}", "name": name, "arguments": ""}
+        case "mcp_list_tools":
+            return {"id": id, "type": kind, "server_label": name, "tools": [], "error": None}
+    own = {"server_label": tools[name].server.label, "name": tools[name].listed.name, "arguments": ""}
+    if kind == "mcp_call":
+        return {**item, **own, "output": None, "error": None, "approval_request_id": None}
     return {"id": id, "type": kind, **own}
 
 
-def place(item: dict[str, Any], index: int) -> dict[str, Any]:
-    """Return where an event of an item belongs."""
-    return {"item_id": item["id"], "output_index": index} | ({"content_index": 0} if "content" in item else {})
+def item_event(kind: str, item: dict[str, Any]) -> dict[str, Any]:
+    """Return an event that shows an item, whose place is the end of its id."""
+    return {"type": f"response.output_item.{kind}", "output_index": int(item["id"].rpartition("_")[2]), "item": item}
 
 
-def opening(item: dict[str, Any], index: int) -> Iterable[dict[str, Any]]:
+def part_event(kind: str, item: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """Return an event of something about an item."""
+    place = {"item_id": item["id"], "output_index": int(item["id"].rpartition("_")[2])}
+    return {"type": f"response.{kind}", **place, **({"content_index": 0} if "content" in item else {}), **fields}
+
+
+def opening(item: dict[str, Any]) -> Iterable[dict[str, Any]]:
     """Yield the events that begin an item."""
-    yield {"type": "response.output_item.added", "output_index": index, "item": item}
+    yield item_event("added", item)
     if item["type"] in ("mcp_call", "mcp_list_tools"):
-        yield {"type": f"response.{item['type']}.in_progress", **place(item, index)}
+        yield part_event(f"{item['type']}.in_progress", item)
     elif "content" in item:
         own = {"annotations": [], "logprobs": []} if item["type"] == "message" else {}
         item["content"].append({"type": "output_text" if own else "reasoning_text", "text": "", **own})
-        yield {"type": "response.content_part.added", **place(item, index), "part": item["content"][0]}
+        yield part_event("content_part.added", item, part=item["content"][0])
 
 
-def addition(item: dict[str, Any], index: int, text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Add text to an item, and return the event, if there is one for it."""
+def addition(item: dict[str, Any], text: str, logprobs: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    """Add text to an item, and yield the event, if there is one for it."""
     if "arguments" in item:
         item["arguments"] += text
-        event = {"type": f"response.{item['type']}_arguments.delta", **place(item, index), "delta": text}
-        return event if item["type"] != "mcp_approval_request" else None
+        if item["type"] != "mcp_approval_request":
+            yield part_event(f"{item['type']}_arguments.delta", item, delta=text)
+        return
     [part] = item["content"]
     part["text"] += text
-    part.get("logprobs", []).extend(logprobs)
     own = {"logprobs": logprobs} if "logprobs" in part else {}
-    return {"type": f"response.{part['type']}.delta", **place(item, index), "delta": text, **own}
+    part.get("logprobs", []).extend(logprobs)
+    yield part_event(f"{part['type']}.delta", item, delta=text, **own)
 
 
-def closing(item: dict[str, Any], index: int, status: str) -> Iterable[dict[str, Any]]:
+def closing(item: dict[str, Any], status: str) -> Iterable[dict[str, Any]]:
     """Yield the events that end an item; a call that may be run here is not done before that."""
     for part in item.get("content", ()):
         own = {name: part[name] for name in ("text", "logprobs") if name in part}
-        yield {"type": f"response.{part['type']}.done", **place(item, index), **own}
-        yield {"type": "response.content_part.done", **place(item, index), "part": part}
+        yield part_event(f"{part['type']}.done", item, **own)
+        yield part_event("content_part.done", item, part=part)
     if item["type"] in ("function_call", "mcp_call"):
-        yield {"type": f"response.{item['type']}_arguments.done", **place(item, index), "arguments": item["arguments"]}
+        yield part_event(f"{item['type']}_arguments.done", item, arguments=item["arguments"])
+    if item["type"] == "mcp_list_tools":
+        yield part_event("mcp_list_tools." + ("failed" if item["error"] else "completed"), item)
     if item["type"] != "mcp_call":
         item |= {"status": status} if "status" in item else {}
-        yield {"type": "response.output_item.done", "output_index": index, "item": item}
+        yield item_event("done", item)
 
 
-def run_events(item: dict[str, Any], index: int, result: CallResult) -> Iterable[dict[str, Any]]:
+def run_events(item: dict[str, Any], result: CallResult) -> Iterable[dict[str, Any]]:
     """Yield the events that end a call which was run here, with what came of it."""
     error = {"type": "mcp_tool_execution_error", "content": [{"type": "text", "text": result.text}]}
     item |= {"status": "failed", "error": error} if result.is_error else {"status": "completed", "output": result.text}
-    yield {"type": f"response.mcp_call.{item['status']}", **place(item, index)}
-    yield {"type": "response.output_item.done", "output_index": index, "item": item}
+    yield part_event(f"mcp_call.{item['status']}", item)
+    yield item_event("done", item)
 
 
 async def response_usage(streams: list[TokenStream], output_tokens: int, output: list[dict[str, Any]]) -> dict[str, Any]:
@@ -5847,6 +5802,89 @@ async def response_usage(streams: list[TokenStream], output_tokens: int, output:
     return {"input_tokens": prompts["prompt_tokens"], "output_tokens": output_tokens, "total_tokens": prompts["total_tokens"],
             "input_tokens_details": {**prompts["prompt_tokens_details"], "cache_write_tokens": 0},
             "output_tokens_details": {"reasoning_tokens": min(len(reasoning), output_tokens)}}
+
+
+async def response_events(response: dict[str, Any], streams: list[TokenStream], found: AsyncIterator[Delta | CallResult],
+                          tools: dict[str, ServerTool], lists: list[dict[str, Any]],
+                          approved: list[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
+    """Yield the events of a response, and add its items and its tokens to it.
+
+    They show it, and its items, as they are at the time, and are to be encoded then.
+    """
+    output, num_tokens = response["output"], 0
+    item: dict[str, Any] | None = None  # the one that is being written
+    unsaid: list[Token] = []  # those whose text is held back
+
+    def begin(kind: str, name: str) -> Iterable[dict[str, Any]]:
+        nonlocal item
+        yield from end()
+        item = new_item(kind, item_id(kind, response["id"], len(output)), name, tools)
+        output.append(item)
+        yield from opening(item)
+
+    def end(status: str = "completed") -> Iterable[dict[str, Any]]:
+        nonlocal item
+        if item:
+            yield from closing(item, status)
+        item = None
+
+    def write(part: Delta) -> Iterable[dict[str, Any]]:
+        [seq], model = streams[-1].sequences, streams[-1].engine.model
+        unsaid.extend(part.tokens if seq.sampling.logprobs is not None else ())
+        pieces = part.pieces
+        if part.finish_reason and not pieces and (item is None or unsaid and item["type"] == "message"):
+            pieces = (Piece("content", ""),)
+        for piece in pieces:
+            kind = item["type"] if piece.kind == "arguments" else item_kind(piece, tools)
+            if item is None or item["type"] != kind or piece.kind == "call":
+                yield from begin(kind, piece.text)
+            if piece.kind != "call":
+                yield from addition(item, piece.text, [logprob_entry(model, token) for token in unsaid])
+            unsaid.clear()
+        if part.finish_reason == "length":
+            response["incomplete_details"] = {"reason": "max_output_tokens"}
+
+    def first() -> Iterable[dict[str, Any]]:
+        yield {"type": "response.created", "response": response}
+        if response["status"] == "queued":
+            yield {"type": "response.queued", "response": response}
+            response["status"] = "in_progress"
+        yield {"type": "response.in_progress", "response": response}
+        for listed in lists:
+            yield from begin("mcp_list_tools", listed["server_label"])
+            item.update(listed)
+        for call in approved:
+            yield from begin("mcp_call", call["function"]["name"])
+            item["approval_request_id"] = call["approval_request_id"]
+            yield from addition(item, call["function"]["arguments"], [])
+        yield from end()
+
+    def to_run() -> list[dict[str, Any]]:
+        return [call for call in output if call["type"] == "mcp_call" and call["status"] == "in_progress"]
+
+    def last() -> Iterable[dict[str, Any]]:
+        cut = response["incomplete_details"] is not None
+        yield from end("incomplete" if cut else "completed")
+        for call in to_run():  # there were too many, or others for the client to answer
+            call["status"] = "incomplete"
+            yield item_event("done", call)
+        response.update({"status": "incomplete"} if cut else {"status": "completed", "completed_at": int(time.time())})
+        yield {"type": f"response.{response['status']}", "response": response}
+
+    async with aclosing(found):
+        for event in first():
+            yield event
+        async for part in found:
+            if isinstance(part, CallResult):
+                events = itertools.chain(end(), run_events(to_run()[0], part))
+            else:
+                num_tokens += part.num_tokens
+                events = write(part)
+            for event in events:
+                yield event
+        response["usage"] = await response_usage(streams, num_tokens, output)
+        for event in last():
+            yield event
 
 
 async def told(live: LiveResponse, events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
@@ -5886,83 +5924,6 @@ async def run_in_background(live: LiveResponse, frames: AsyncIterator[bytes]) ->
                 await fail(live, "failed" if stopped else "cancelled", stopped)
         del app.live[live.response["id"]]
         app.active -= 1
-
-
-async def followed(live: LiveResponse, start: int) -> AsyncIterator[bytes]:
-    """Yield the events of a response from a number on, as they come."""
-    while start < len(live.frames) or not live.ended:
-        if start < len(live.frames):
-            yield live.frames[start]
-            start += 1
-        else:
-            await live.changed.wait()
-
-
-class ResponseQuery(msgspec.Struct):
-    stream: bool = False
-    starting_after: Annotated[int, Meta(ge=0)] = -1
-    after: str | None = None
-    limit: Annotated[int, Meta(ge=1, le=100)] = 20
-    order: Literal["asc", "desc"] = "desc"
-
-
-def read_query() -> ResponseQuery:
-    """Return the URL's query. Raises APIError 400."""
-    try:
-        return msgspec.convert(request.args.to_dict(), ResponseQuery, strict=False)
-    except msgspec.ValidationError as error:
-        raise APIError(400, str(error), "invalid_value", str(error).rpartition("$.")[2].rstrip("`")) from None
-
-
-@app.get("/v1/responses/<id>")
-async def retrieve_response(id: str) -> Response:
-    """Answer with a response as it is, or with its events after a number."""
-    live = await app.responses.load(id)
-    query = read_query()
-    if not query.stream:
-        return json_response(live.response)
-    for [packed] in await app.responses.run("SELECT frames FROM responses WHERE id = ?", id) if live.ended else ():
-        live.frames = [frame + b"\n\n" for frame in zlib.decompress(packed).split(b"\n\n")[:-1]]
-    return event_stream(followed(live, query.starting_after + 1), end=b"")
-
-
-@app.delete("/v1/responses/<id>")
-async def delete_response(id: str) -> Response:
-    """Forget a response, ending it if it is being made."""
-    await stop_response(await app.responses.load(id))
-    await app.responses.run("DELETE FROM responses WHERE id = ?", id)
-    return json_response({"id": id, "object": "response", "deleted": True})
-
-
-@app.post("/v1/responses/<id>/cancel")
-async def cancel_response(id: str) -> Response:
-    """End a background response; one that has ended stays as it is."""
-    live = await app.responses.load(id)
-    if not live.response["background"]:
-        raise APIError(400, "Only background responses can be cancelled.", "invalid_value", "response_id")
-    await stop_response(live)
-    return json_response(live.response)
-
-
-async def stop_response(live: LiveResponse) -> None:
-    live.scope.cancel()
-    while not live.ended:
-        await live.changed.wait()
-
-
-@app.get("/v1/responses/<id>/input_items")
-async def list_input_items(id: str) -> Response:
-    """List the items that a response answers, those of the responses it continues among them; the newest first."""
-    live, query = await app.responses.load(id), read_query()
-    items = await app.responses.conversation(live.response["previous_response_id"], "response_id") + live.items
-    items = items if query.order == "asc" else items[::-1]
-    ids = [item["id"] for item in items]
-    if query.after is not None and query.after not in ids:
-        raise APIError(404, f"There is no item {query.after!r}.", "item_not_found", "after")
-    start = 0 if query.after is None else ids.index(query.after) + 1
-    page = items[start:start + query.limit]
-    return json_response({"object": "list", "data": page, "first_id": page[0]["id"] if page else None,
-                          "last_id": page[-1]["id"] if page else None, "has_more": start + len(page) < len(items)})
 
 
 # ── Audio transcriptions ──────────────────────────────────────────────────────────────────────────────────────────────
