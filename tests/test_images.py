@@ -1,4 +1,4 @@
-"""Images in the batch: what HTTP answers is what generate() of the same checkpoint says, token for token.
+"""Images and sounds in the batch: what HTTP answers is what generate() of the same checkpoint says, token for token.
 
 The checkpoints have random weights and real architectures, processors and pictures.
 """
@@ -7,9 +7,11 @@ from __future__ import annotations
 import base64
 import io
 import threading
+import wave
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy
 import PIL.Image
 import pytest
 import serve
@@ -80,7 +82,8 @@ def generated(folder: Path, conversations: list[list[dict]]) -> list[tuple[int, 
     for conversation in conversations:
         messages = [{"role": m["role"], "content": m["content"] if isinstance(m["content"], str) else [
             {"type": "image", "image": PIL.Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].split(",")[1])))}
-            if part["type"] == "image_url" else part for part in m["content"]]} for m in conversation]
+            if part["type"] == "image_url" else {"type": "audio", "audio": heard(part)} if part["type"] == "input_audio"
+            else part for part in m["content"]]} for m in conversation]
         inputs = transformers.ProcessorMixin.apply_chat_template(  # SmolVLM's own asks its video processor first
             processor, messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True)
         ids = network.generate(**inputs, max_new_tokens=ANSWER, do_sample=False)[0, inputs["input_ids"].shape[1]:]
@@ -234,3 +237,80 @@ def test_images_that_wait_are_bounded(seeing: LocalServer, monkeypatch: pytest.M
         going_on.set()
         assert refused == (429, "queue_full", None) and first.result()
     assert ask(seeing, CONVERSATIONS[3])
+
+
+HEARING = ["qwen2_audio", "qwen3_asr", "gemma4"]
+
+
+def tone(start: float, end: float, seconds: float = 1.3, rate: int = 16000) -> bytes:
+    """Return the WAV file of a tone that rises or falls from one frequency to another."""
+    times = numpy.arange(int(seconds * rate)) / rate
+    values = 0.5 * numpy.sin(2 * numpy.pi * (start + (end - start) / 2 / seconds * times) * times)
+    with wave.open(out := io.BytesIO(), "wb") as file:
+        file.setparams((1, 2, rate, 0, "NONE", ""))
+        file.writeframes((values * 32767).astype("<i2").tobytes())
+    return out.getvalue()
+
+
+RISING, FALLING = tone(200, 2000), tone(5000, 300, 2.1)
+
+
+def sound_part(data: bytes) -> dict:
+    return {"type": "input_audio", "input_audio": {"data": base64.b64encode(data).decode(), "format": "wav"}}
+
+
+def heard(part: dict) -> numpy.ndarray:
+    with wave.open(io.BytesIO(base64.b64decode(part["input_audio"]["data"]))) as file:
+        return numpy.frombuffer(file.readframes(file.getnframes()), "<i2").astype("float32") / 32768
+
+
+SPOKEN = [
+    user(sound_part(RISING), text_part("What is to be heard?")),
+    user(text_part("What is the capital of France?")),
+    user(text_part("Listen closely: "), sound_part(FALLING), text_part(" What was that?")),
+    user(sound_part(FALLING), text_part("What is to be heard?")),
+]
+TOGETHER = {  # what only some of them take
+    "qwen2_audio": [user(sound_part(RISING), text_part(" or "), sound_part(FALLING), text_part("?"))], "qwen3_asr": [],
+    "gemma4": [user(image_part(COFFEE), sound_part(FALLING), text_part(" and "), sound_part(RISING), image_part(ASTRONAUT))],
+}
+
+
+@pytest.fixture(scope="module", params=HEARING)
+def ears(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ears") / request.param
+    sights.save(request.param, folder, checkpoint)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hearing(ears: Path):
+    server = LocalServer(str(ears), "--dtype", "float32", "--block-size", "8", "--max-batch-tokens", "24",
+                         "--kv-cache-memory", "32MiB").start()
+    yield server
+    server.stop()
+
+
+def test_what_is_heard_is_what_generate_hears(hearing: LocalServer, ears: Path) -> None:
+    conversations = SPOKEN + TOGETHER[ears.name]
+    expected = generated(ears, conversations)
+    assert len(set(expected)) == len(expected), "the sounds make no difference"
+    with ThreadPoolExecutor(8) as clients:
+        for _ in range(2):  # the second time round from the prefix cache
+            assert list(clients.map(lambda messages: ask(hearing, messages), conversations)) == expected
+    hearing.assert_idle()
+    assert hearing.engine.runner.paged
+
+
+def test_a_repeated_sound_is_a_prefix_hit_and_another_is_not(hearing: LocalServer) -> None:
+    def conversation(data: bytes) -> list[dict]:
+        return user(text_part("These words come before the sound, and they are more than two blocks of eight tokens."),
+                    sound_part(data), text_part("What was to be heard there?"))
+
+    shrill = tone(3000, 4000, 2.1)  # as long as the other
+    length, cached = usage(hearing, conversation(FALLING))
+    assert cached == 0
+    assert usage(hearing, conversation(FALLING)) == (length, (length - 1) // 8 * 8)
+    other, cached = usage(hearing, conversation(shrill))
+    assert other == length and 16 <= cached <= 32
+    hearing.assert_idle()
