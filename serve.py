@@ -1296,8 +1296,11 @@ def media_prompt(model: Model, text: str, opening: str, media: DecodedMedia) -> 
         specials["images"] = [images]
     if sounds:
         specials |= {"audio": sounds, "audio_kwargs": {"sampling_rate": sampling_rate(model.processor)}}
-    made = model.processor(text=[text], return_tensors="pt", return_offsets_mapping=True,
-                           return_mm_token_type_ids=True, return_text_replacement_offsets=True, **specials)
+    process = functools.partial(model.processor, text=[text], return_tensors="pt", return_offsets_mapping=True,
+                                return_mm_token_type_ids=True, return_text_replacement_offsets=True, **specials)
+    made = process()
+    if sounds and is_cut(process, sounds, made):
+        raise ValueError("a sound is longer than what the model hears")
     ids, starts = made.pop("input_ids"), made.pop("offset_mapping")[0, :, 0].tolist()
     replaced, places = made.pop("text_replacement_offsets")[0], []
     for kind, values in media.items():
@@ -1310,6 +1313,14 @@ def media_prompt(model: Model, text: str, opening: str, media: DecodedMedia) -> 
     positions = positions if positions.dim() == 3 else None
     shift = 0 if positions is None else positions[-1, 0, -1].item() + 1 - ids.shape[1]
     return Prompt(ids[0].tolist(), opening=opening, media=Media(inputs, sorted(places), positions, shift))
+
+
+def is_cut(process: Callable[..., Any], sounds: list[numpy.ndarray], made: dict[str, Any]) -> bool:
+    """Return whether a processor drops the end of the longest sound: with another end, it makes the same of it."""
+    longest = max(range(len(sounds)), key=lambda i: len(sounds[i]))
+    end = numpy.tile(numpy.array([0.5, -0.5], numpy.float32), 160)
+    changed = process(audio=[*sounds[:longest], numpy.append(sounds[longest][:-len(end)], end), *sounds[longest + 1:]])
+    return all(torch.equal(x, changed[name]) for name, x in made.items() if isinstance(x, Tensor))
 
 
 def sample_prompt(model: Model, kind: str) -> Prompt:
@@ -1839,6 +1850,7 @@ def self_test(runner: PagedRunner) -> str | None:
     if kinds - {"full_attention", "sliding_attention"} or getattr(text, "attention_chunk_size", None):
         return "layers: " + ", ".join(sorted(kinds))
     own = network.config._attn_implementation
+    text_configs = {name for name in network.config.sub_configs if getattr(network.config, name) is text}
     (one, two), sights = scratch_sequences(runner, 13, 9), sight_sequences(runner)
     try:
         expected = torch.cat([network(**whole_prompt(network, seq), use_cache=False).logits[0, -1:]
@@ -1847,7 +1859,6 @@ def self_test(runner: PagedRunner) -> str | None:
             if problem := unpageable(language_inputs(network, seq)):
                 return problem
         transformers.AttentionInterface.register("paged_attention", attend)
-        text_configs = {name for name in network.config.sub_configs if getattr(network.config, name) is text}
         network.set_attn_implementation(dict.fromkeys({"", *text_configs}, "paged_attention"))  # towers keep their own
         advance(runner, {one: 7, **{seq: len(seq.token_ids) // 2 for seq in sights}, two: 4})
         second = advance(runner, {one: 5, **dict.fromkeys(sights, 1), two: 5})
@@ -1864,7 +1875,7 @@ def self_test(runner: PagedRunner) -> str | None:
         log.debug("self-test", exc_info=True)
         problem = f"{type(error).__name__}: {error}"
     if problem:
-        network.set_attn_implementation(own)
+        network.set_attn_implementation(dict.fromkeys({"", *text_configs}, own))
         runner.caches.clear()
     return problem
 
@@ -3493,6 +3504,8 @@ def decoded_media(messages: list[dict[str, Any]], rate: int | None) -> DecodedMe
             pixels -= value.width * value.height
         elif part["type"] == "audio":
             value = read_audio(part["data"], rate, part["where"], seconds)
+            if len(value) < rate / 10:  # of some the processor makes no token
+                raise APIError(400, "A sound must last for 0.1 s or more.", "invalid_audio", part["where"])
             seconds -= len(value) / rate
         else:
             continue

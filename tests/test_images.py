@@ -314,3 +314,49 @@ def test_a_repeated_sound_is_a_prefix_hit_and_another_is_not(hearing: LocalServe
     other, cached = usage(hearing, conversation(shrill))
     assert other == length and 16 <= cached <= 32
     hearing.assert_idle()
+
+
+def test_without_paging_the_same_is_heard(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sights.save("qwen2_audio", tmp_path, checkpoint)
+    monkeypatch.setattr(serve, "self_test", lambda runner: "not today")
+    server = LocalServer(str(tmp_path), "--dtype", "float32").start()
+    try:
+        conversations = SPOKEN + TOGETHER["qwen2_audio"]
+        with ThreadPoolExecutor(8) as clients:
+            answers = list(clients.map(lambda messages: ask(server, messages), conversations))
+        assert answers == generated(tmp_path, conversations)
+        assert not server.engine.runner.paged
+    finally:
+        server.stop()
+
+
+def test_sounds_by_address_and_in_responses(hearing: LocalServer) -> None:
+    address = "data:audio/wav;base64," + base64.b64encode(RISING).decode()
+    expected = ask(hearing, SPOKEN[0])
+    for url in (address, {"url": address}):
+        assert ask(hearing, user({"type": "audio_url", "audio_url": url}, text_part("What is to be heard?"))) == expected
+    response = http.post(hearing.url + "/v1/responses", json={
+        "input": [{"role": "user", "content": [sound_part(RISING), {"type": "input_text", "text": "What is to be heard?"}]}],
+        "temperature": 0, "max_output_tokens": ANSWER}).json()
+    assert response["output"][-1]["content"][0]["text"] == expected[1]
+
+
+def test_what_cannot_be_heard_is_refused(hearing: LocalServer, ears: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = "messages[0].content[0].input_audio"
+    for data, code in ((RISING[:40], "invalid_audio"), (b"hello", "invalid_audio"), (tone(200, 300, 0.05), "invalid_audio"),
+                       (ASTRONAUT, "invalid_audio")):
+        assert refusal(hearing, user(sound_part(data))) == (400, code, place)
+    for given in ({"data": "%%%", "format": "wav"}, {"format": "wav"}, "AAAA", None):
+        assert refusal(hearing, user({"type": "input_audio", "input_audio": given})) == (400, "invalid_media", place)
+    for address in ("/etc/passwd", "http://localhost/", "data:audio/wav;base64,%%%", 5):
+        expected = (400, "invalid_media", "messages[0].content[0].audio_url")
+        assert refusal(hearing, user({"type": "audio_url", "audio_url": {"url": address}})) == expected
+    for part in ({"type": "video_url", "video_url": {"url": ""}}, *([] if ears.name == "gemma4" else [image_part(COFFEE)])):
+        assert refusal(hearing, user(part)) == (400, "unsupported_content", "messages[0].content[0].type")
+    if ears.name == "qwen2_audio":  # whose tower takes 4 s: its processor would drop the rest without a word
+        assert refusal(hearing, user(sound_part(tone(200, 300, 4.05)))) == (400, "invalid_media", "messages")
+    monkeypatch.setattr(serve, "MAX_AUDIO_SECONDS", 3)
+    assert refusal(hearing, user(sound_part(tone(200, 300, 3.5)))) == (400, "audio_too_long", place)
+    assert refusal(hearing, user(sound_part(RISING), sound_part(FALLING))) == (400, "audio_too_long",
+                                                                                 place.replace("[0].i", "[1].i"))
+    assert ask(hearing, SPOKEN[0])
