@@ -540,10 +540,10 @@ def block_hash(parent: bytes, token_ids: list[int]) -> bytes:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Media:
-    """The images of a prompt, as the model's own processor makes them for its forward."""
+    """The images and sounds of a prompt, as the model's own processor makes them for its forward."""
 
     inputs: dict[str, Tensor]
-    places: list[tuple[int, int, bytes]]  # which tokens stand for an image, from the first up to another, and its hash
+    places: list[tuple[int, int, bytes]]  # which tokens stand for one, from the first up to another, and its hash
     positions: Tensor | None  # [3 or 4, 1, tokens] of the prompt, where rotary positions have several dimensions
     shift: int  # from a token's place to its position, after the prompt
 
@@ -552,11 +552,11 @@ class Media:
         return sum(x.nbytes for x in self.inputs.values())
 
     def within(self, start: int, end: int) -> bool:
-        """Return whether any of the tokens from `start` up to `end` stands for an image."""
+        """Return whether any of the tokens from `start` up to `end` stands for an image or a sound."""
         return any(first < end and start < last for first, last, _ in self.places)
 
     def salt(self, parent: bytes, start: int, end: int) -> bytes:
-        """Return the parent of a block's hash with the hashes of the images that begin in it."""
+        """Return the parent of a block's hash with the hashes of the images and sounds that begin in it."""
         digests = [digest for first, _, digest in self.places if start <= first < end]
         return hashlib.blake2b(b"".join([parent, *digests]), digest_size=16).digest() if digests else parent
 
@@ -892,7 +892,7 @@ class Model:
     active: str | None = None  # the adapter that the network computes with now
     kind: str = "text"  # one of KINDS
     processor: transformers.ProcessorMixin | None = None  # of speech, and of a text generator that takes more than text
-    sample: Prompt | None = None  # with an image, if the model sees
+    samples: dict[str, Prompt] = field(default_factory=dict)  # with an image, if the model sees, with a sound, if it hears
     pooling: list[PoolingStep] = field(default_factory=list)  # of an encoder
 
     @property
@@ -1252,11 +1252,11 @@ def load_model(name: str, checkpoint: Checkpoint, config: Config, first: bool, r
         special_ids=frozenset(tokenizer.all_special_ids), longest_token=max(map(len, tokenizer.get_vocab())),
         byte_level="ByteLevel" in repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)),
         kind=kind, pooling=pooling)
-    if processor and kind == "text":
+    for media in offered_media(processor) if kind == "text" else ():
         try:
-            model.sample = sample_prompt(model)
+            model.samples[media] = sample_prompt(model, media)
         except Exception as error:  # of a processor or a template that is not ours
-            log.warning("%s takes no images: %s", name, error)
+            log.warning("%s takes no %s: %s", name, media, error)
     return model
 
 
@@ -1275,28 +1275,63 @@ def load_processor(checkpoint: Checkpoint, trust_remote_code: bool) -> transform
     return processor if isinstance(processor, transformers.ProcessorMixin) else None
 
 
-def media_prompt(model: Model, text: str, opening: str, images: list[PIL.Image.Image], digests: list[bytes]) -> Prompt:
-    """Return the prompt that a processor makes of a rendered conversation with images. Raises whatever that raises."""
+DecodedMedia = dict[str, list[tuple[Any, bytes]]]  # kind → images or sounds [samples], and the hash of each one's bytes
+
+
+def offered_media(processor: transformers.ProcessorMixin | None) -> list[str]:
+    """Return which kinds of media a processor prepares for a model."""
+    return ["image"] * hasattr(processor, "image_processor") + ["audio"] * (sampling_rate(processor) is not None)
+
+
+def sampling_rate(processor: transformers.ProcessorMixin | None) -> int | None:
+    """Return how many samples a second a processor takes of a sound; None if it takes none."""
+    return getattr(getattr(processor, "_audio_processor", None), "sampling_rate", None)
+
+
+def media_prompt(model: Model, text: str, opening: str, media: DecodedMedia) -> Prompt:
+    """Return the prompt that a processor makes of a rendered conversation with media. Raises whatever that raises."""
     specials = {} if model.adds_special_tokens(text) else {"add_special_tokens": False}
-    made = model.processor(text=[text], images=[images], return_tensors="pt", return_offsets_mapping=True,
-                           return_mm_token_type_ids=True, return_text_replacement_offsets=True, **specials)
+    images, sounds = ([value for value, _ in media.get(kind, ())] for kind in ("image", "audio"))
+    if images:
+        specials["images"] = [images]
+    if sounds:
+        specials |= {"audio": sounds, "audio_kwargs": {"sampling_rate": sampling_rate(model.processor)}}
+    process = functools.partial(model.processor, text=[text], return_tensors="pt", return_offsets_mapping=True,
+                                return_mm_token_type_ids=True, return_text_replacement_offsets=True, **specials)
+    made = process()
+    if sounds and is_cut(process, sounds, made):
+        raise ValueError("a sound is longer than what the model hears")
     ids, starts = made.pop("input_ids"), made.pop("offset_mapping")[0, :, 0].tolist()
-    spans = [replaced["new_span"] for replaced in made.pop("text_replacement_offsets")[0]]
-    places = [(bisect.bisect_left(starts, start), bisect.bisect_left(starts, end), digest)
-              for (start, end), digest in zip(spans, digests, strict=True)]
+    replaced, places = made.pop("text_replacement_offsets")[0], []
+    for kind, values in media.items():
+        spans = [span["new_span"] for span in replaced if span["type"] == kind]
+        places += [(bisect.bisect_left(starts, start), bisect.bisect_left(starts, end), digest)
+                   for (start, end), (_, digest) in zip(spans, values, strict=True)]
     takes = inspect.signature(model.network.forward).parameters.keys() - {"attention_mask"}
     inputs = {name: x.to(model.network.dtype) if x.is_floating_point() else x for name, x in made.items() if name in takes}
     positions = model.network._prepare_position_ids_for_generation(ids, dict(inputs))  # the model's own, as in generate()
     positions = positions if positions.dim() == 3 else None
     shift = 0 if positions is None else positions[-1, 0, -1].item() + 1 - ids.shape[1]
-    return Prompt(ids[0].tolist(), opening=opening, media=Media(inputs, places, positions, shift))
+    return Prompt(ids[0].tolist(), opening=opening, media=Media(inputs, sorted(places), positions, shift))
 
 
-def sample_prompt(model: Model) -> Prompt:
-    """Return a prompt with a picture of noise."""
-    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
-    noise = PIL.Image.frombytes("RGB", (96, 64), random.Random(0).randbytes(96 * 64 * 3))
-    return media_prompt(model, model.tokenizer.apply_chat_template([message], tokenize=False), "", [noise], [b""])
+def is_cut(process: Callable[..., Any], sounds: list[numpy.ndarray], made: dict[str, Any]) -> bool:
+    """Return whether a processor drops the end of the longest sound: with another end, it makes the same of it."""
+    longest = max(range(len(sounds)), key=lambda i: len(sounds[i]))
+    end = numpy.tile(numpy.array([0.5, -0.5], numpy.float32), 160)
+    changed = process(audio=[*sounds[:longest], numpy.append(sounds[longest][:-len(end)], end), *sounds[longest + 1:]])
+    return all(torch.equal(x, changed[name]) for name, x in made.items() if isinstance(x, Tensor))
+
+
+def sample_prompt(model: Model, kind: str) -> Prompt:
+    """Return a prompt with a picture, or a second, of noise."""
+    message = {"role": "user", "content": [{"type": kind}, {"type": "text", "text": "What is it?"}]}
+    noise = random.Random(0).randbytes(96 * 64 * 3)
+    if kind == "image":
+        value = PIL.Image.frombytes("RGB", (96, 64), noise)
+    else:
+        value = numpy.resize(numpy.frombuffer(noise, numpy.int8), sampling_rate(model.processor)).astype(numpy.float32) / 128
+    return media_prompt(model, model.tokenizer.apply_chat_template([message], tokenize=False), "", {kind: [(value, b"")]})
 
 
 def return_memory() -> None:
@@ -1317,7 +1352,7 @@ def available_memory(device: torch.device) -> int:
 _step = threading.local()  # transformers calls `attend` with no room for an argument of ours: the step's runner stands here
 
 
-Sight = tuple[Sequence, slice, slice]  # a prompt with images, its rows in a batch, and which of its tokens they are
+Sight = tuple[Sequence, slice, slice]  # a prompt with media, its rows in a batch, and which of its tokens they are
 
 
 @dataclass(frozen=True, slots=True)
@@ -1336,7 +1371,7 @@ class Ragged:
     decodes: int  # how many sequences, from the first on, have one row
     max_seq_len: int  # of those
     adapter: str | None  # with which it is computed
-    sights: list[Sight]  # what it computes of prompts with images
+    sights: list[Sight]  # what it computes of prompts with media
 
     def to(self, device: torch.device) -> Ragged:
         """Return the batch on a device."""
@@ -1457,7 +1492,7 @@ class LanguageInputs(Exception):
 
 
 def language_inputs(network: transformers.PreTrainedModel, seq: Sequence) -> dict[str, Any]:
-    """Return what a network's own code gives its language model for a prompt: embeddings, with those of images in place."""
+    """Return what a network's own code gives its language model for a prompt: embeddings, with those of media in place."""
 
     def stop(_: torch.nn.Module, __: tuple, kwargs: dict[str, Any]) -> None:
         raise LanguageInputs(kwargs)
@@ -1479,10 +1514,10 @@ def whole_prompt(network: transformers.PreTrainedModel, seq: Sequence) -> dict[s
 
 
 def unpageable(given: dict[str, Any]) -> str | None:
-    """Return why what a language model is given with an image cannot be given to it in chunks, or None."""
+    """Return why what a language model is given with media cannot be given to it in chunks, or None."""
     known = {"inputs_embeds", "position_ids", "attention_mask", "visual_pos_masks", "deepstack_visual_embeds"}
     if others := sorted(name for name, x in given.items() if isinstance(x, Tensor | list | tuple) and name not in known):
-        return f"with an image, its language model takes {others[0]}"
+        return f"with media, its language model takes {others[0]}"
     masks = given.get("attention_mask")
     for mask in masks.values() if isinstance(masks, dict) else [masks]:
         if mask is not None and mask.dim() == 4 and (mask if mask.dtype == torch.bool else mask > -1).triu(1).any():
@@ -1498,14 +1533,14 @@ class PagedRunner:
     def __init__(self, model: Model, kernel: Callable[..., Tensor], block_size: int) -> None:
         self.model, self.attention, self.block_size, self.device = model, kernel, block_size, model.device
         self.num_blocks = 1 + 4 * -(-64 // block_size)  # enough for scratch_sequences
-        self.num_blocks += -(-len(model.sample.token_ids) // block_size) if model.sample else 0  # and for sight_sequences
+        self.num_blocks += sum(-(-len(prompt.token_ids) // block_size) for prompt in model.samples.values())  # sight_sequences
         self.caches: dict[int, tuple[Tensor, Tensor]] = {}
         self.batch: Ragged | None = None
         self.calls, self.options = 0, {}  # how often `attend` was called, and with which arguments by layer
         self.states: Tensor | None = None  # [1, samples, hidden] or [1, tokens, hidden]: what the logits were computed from
         self.embedded: dict[Media, list[Tensor]] = {}  # what the last step needed of `embed`
         self.seen: list[tuple[Tensor | None, slice, slice, list[Tensor]]] = []  # the step's prompts with media, for `merge`
-        if model.sample:
+        if model.samples:
             model.network.get_decoder().register_forward_pre_hook(self.merge, with_kwargs=True)
         self.meanwhile: Callable[[], None] | None = None
         self.last = torch.zeros(1, dtype=torch.int64, device=model.device)  # the tokens that the last step chose, by row
@@ -1539,14 +1574,14 @@ class PagedRunner:
             self.layer_cache(layer, k, v)
 
     def embed(self, seq: Sequence) -> list[Tensor]:
-        """Return a prompt's embeddings [tokens, hidden], images in place, and what is added to them after the first layers."""
+        """Return a prompt's embeddings [tokens, hidden], media in place, and what is added to them after the first layers."""
         given = language_inputs(self.model.network, seq)
         whole = given["inputs_embeds"][0]
         return [whole, *(torch.zeros_like(whole).masked_scatter(given["visual_pos_masks"][0, :, None], added.to(whole.dtype))
                          for added in given.get("deepstack_visual_embeds") or ())]
 
     def look(self, sights: list[Sight]) -> None:
-        """Embed the images of which a batch computes any token."""
+        """Embed the media of which a batch computes any token."""
         before, self.embedded, self.seen = self.embedded, {}, []
         for seq, rows, span in sights:
             if seq.media.within(span.start, span.stop):
@@ -1815,6 +1850,7 @@ def self_test(runner: PagedRunner) -> str | None:
     if kinds - {"full_attention", "sliding_attention"} or getattr(text, "attention_chunk_size", None):
         return "layers: " + ", ".join(sorted(kinds))
     own = network.config._attn_implementation
+    text_configs = {name for name in network.config.sub_configs if getattr(network.config, name) is text}
     (one, two), sights = scratch_sequences(runner, 13, 9), sight_sequences(runner)
     try:
         expected = torch.cat([network(**whole_prompt(network, seq), use_cache=False).logits[0, -1:]
@@ -1823,7 +1859,6 @@ def self_test(runner: PagedRunner) -> str | None:
             if problem := unpageable(language_inputs(network, seq)):
                 return problem
         transformers.AttentionInterface.register("paged_attention", attend)
-        text_configs = {name for name in network.config.sub_configs if getattr(network.config, name) is text}
         network.set_attn_implementation(dict.fromkeys({"", *text_configs}, "paged_attention"))  # towers keep their own
         advance(runner, {one: 7, **{seq: len(seq.token_ids) // 2 for seq in sights}, two: 4})
         second = advance(runner, {one: 5, **dict.fromkeys(sights, 1), two: 5})
@@ -1840,18 +1875,19 @@ def self_test(runner: PagedRunner) -> str | None:
         log.debug("self-test", exc_info=True)
         problem = f"{type(error).__name__}: {error}"
     if problem:
-        network.set_attn_implementation(own)
+        network.set_attn_implementation(dict.fromkeys({"", *text_configs}, own))
         runner.caches.clear()
     return problem
 
 
 def sight_sequences(runner: PagedRunner) -> list[Sequence]:
-    """Return a sequence with a picture, in blocks of its own, or none for a model that sees none."""
-    if (prompt := runner.model.sample) is None:
-        return []
-    length, end = len(prompt.token_ids), runner.num_blocks
-    return [Sequence(list(prompt.token_ids), length, SamplingParams(), 0, b"", None, 0, media=prompt.media,
-                     block_table=list(range(end - -(-length // runner.block_size), end)))]
+    """Return a sequence with each kind of media that a model takes, in blocks of its own."""
+    sequences, end = [], runner.num_blocks
+    for prompt in runner.model.samples.values():
+        length, end = len(prompt.token_ids), (stop := end) - -(-len(prompt.token_ids) // runner.block_size)
+        sequences.append(Sequence(list(prompt.token_ids), length, SamplingParams(), 0, b"", None, 0, media=prompt.media,
+                                  block_table=list(range(end, stop))))
+    return sequences
 
 
 def sequential_self_test(runner: SequentialRunner) -> str | None:
@@ -1863,7 +1899,7 @@ def sequential_self_test(runner: SequentialRunner) -> str | None:
     ids = torch.randint(runner.model.vocab_size, (2, 8), generator=generator).tolist()
     try:
         # Those that see may attend to a prompt in both directions: how long it is, makes a difference.
-        whole = 6 if runner.model.sample else 8
+        whole = 6 if runner.model.samples else 8
         alone = torch.cat([in_turns(runner, [row], whole)[0] for row in ids])
         together, sizes = in_turns(runner, ids)
         runner.token_bytes = sizes[2] - sizes[1]
@@ -2677,7 +2713,7 @@ class TokenStream:
         self.engine.wake()
 
 
-MAX_QUEUED_MEDIA = 4 * GIB  # of images that were read and not answered
+MAX_QUEUED_MEDIA = 4 * GIB  # of images and sounds that were read and not answered
 
 
 class Engine:
@@ -2726,11 +2762,11 @@ class Engine:
         return stream
 
     def check_queue(self, stream: TokenStream) -> None:
-        """Raise APIError 429 if the stream's sequences, or their images, are more than the queue still takes."""
+        """Raise APIError 429 if the stream's sequences, or their media, are more than the queue still takes."""
         if any(seq.media for seq in stream.sequences):
             others = {seq.media for seq in (*self.scheduler.waiting, *self.scheduler.running) if seq.media}
             if others and sum(media.nbytes for media in others | {seq.media for seq in stream.sequences}) > MAX_QUEUED_MEDIA:
-                raise APIError(429, "Too many images are waiting: try again later.", "queue_full")
+                raise APIError(429, "Too many images and sounds are waiting: try again later.", "queue_full")
         waiting = len(self.scheduler.waiting) + sum(len(other.sequences) for other in self.promised)
         if waiting + len(stream.sequences) > self.max_queue:
             raise APIError(429, f"{waiting} sequences are waiting: try again later.", "queue_full")
@@ -3341,11 +3377,15 @@ class ModelPool:
 # ── Prompts ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Turns messages into a `Prompt`: what a client wrote, as the model's own chat template wants it. All media come in here.
 
-MAX_IMAGES = 64  # in a request
+MAX_MEDIA = 64  # in a request
 MAX_PIXELS = 1 << 25  # of an image
-MAX_ALL_PIXELS, MAX_FETCHED_BYTES, FETCH_SECONDS = 1 << 27, 64 << 20, 15.0  # of all of a request's images
+MAX_ALL_PIXELS, MAX_FETCHED_BYTES, FETCH_SECONDS = 1 << 27, 64 << 20, 15.0  # of all of a request's media
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # others have parsers that few have looked at
-IMAGE_PARTS = ("image_url", "input_image")
+MAX_AUDIO_SECONDS = 3600  # of all of a request's sounds
+DECODE_SECONDS = 60.0
+AUDIO_FORMATS = "wav,flac,mp3,ogg,mp4,webm,aac"  # m4a is mp4; and none that can name other files to be read
+MEDIA_PARTS = {"image_url": ("image", "image_url"), "input_image": ("image", "image_url"),
+               "audio_url": ("audio", "audio_url"), "input_audio": ("audio", "input_audio")}  # what it is, and its field
 # IPv6 addresses that stand for an IPv4 address in their last four bytes, and those that lead elsewhere by other means.
 EMBEDDING = [ipaddress.ip_network(network) for network in ("::ffff:0:0/96", "64:ff9b::/96", "::/96")]
 TUNNELS = [ipaddress.ip_network(network) for network in ("2002::/16", "2001::/32", "64:ff9b:1::/48", "fec0::/10")]
@@ -3357,24 +3397,28 @@ def media_error(message: str, where: str) -> APIError:
 
 
 async def fetch_media(messages: list[dict[str, Any]], model: Model, allowed: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Return messages with the bytes of users' images in place of their addresses. Raises APIError 400."""
-    deadline, images = trio.current_time() + FETCH_SECONDS, []
+    """Return messages with the bytes of users' images and sounds in place of their addresses. Raises APIError 400."""
+    deadline, fetched = trio.current_time() + FETCH_SECONDS, []
 
     async def with_bytes(part: Any, where: str) -> Any:
-        if not isinstance(part, dict) or part.get("type") not in IMAGE_PARTS:
+        kind, name = MEDIA_PARTS.get(str(part.get("type")), ("", "")) if isinstance(part, dict) else ("", "")
+        if kind not in model.samples:  # `plain_content` refuses it
             return part
-        if len(images) == MAX_IMAGES:
-            raise media_error(f"At most {MAX_IMAGES} images are taken.", where)
-        address = part.get("image_url")
-        address = address.get("url") if isinstance(address, dict) else address
-        if not isinstance(address, str):
-            raise media_error("image_url must be an address, or an object with its url.", where)
-        images.append(await read_url(address, where, allowed, deadline, MAX_FETCHED_BYTES - sum(map(len, images))))
-        return {"type": "image", "data": images[-1], "where": where}
+        where = f"{where}.{name}"
+        if len(fetched) == MAX_MEDIA:
+            raise media_error(f"At most {MAX_MEDIA} images and sounds are taken.", where)
+        match part.get(name):
+            case {"data": str(data)} if name == "input_audio":
+                address = "data:;base64," + data
+            case {"url": str(address)} | str(address) if name != "input_audio":
+                pass
+            case _:
+                raise media_error("input_audio must be an object with data." if name == "input_audio" else
+                                  f"{name} must be an address, or an object with its url.", where)
+        fetched.append(await read_url(address, where, allowed, deadline, MAX_FETCHED_BYTES - sum(map(len, fetched))))
+        return {"type": kind, "data": fetched[-1], "where": where}
 
-    if model.sample is None:  # `plain_content` refuses images
-        return messages
-    return [{**message, "content": [await with_bytes(part, f"messages[{i}].content[{j}].image_url")
+    return [{**message, "content": [await with_bytes(part, f"messages[{i}].content[{j}]")
                                     for j, part in enumerate(message["content"])]}
             if message.get("role") == "user" and isinstance(message.get("content"), list) else message
             for i, message in enumerate(messages)]
@@ -3389,12 +3433,12 @@ async def read_url(address: str, where: str, allowed: tuple[str, ...], deadline:
                 raise ValueError
             return await trio.to_thread.run_sync(functools.partial(base64.b64decode, data, validate=True))
         except ValueError:
-            raise media_error("A data: address must hold base64.", where) from None
+            raise media_error("Data must be base64.", where) from None
     try:
         with trio.fail_at(deadline):
             return await fetched(urllib.parse.urlsplit(address), where, allowed, max_bytes)
     except trio.TooSlowError:
-        raise media_error(f"The images could not be fetched within {FETCH_SECONDS:.0f} s.", where) from None
+        raise media_error(f"It could not be fetched within {FETCH_SECONDS:.0f} s.", where) from None
     except (OSError, ValueError, trio.BrokenResourceError, h11.ProtocolError) as error:
         log.debug("%s", where, exc_info=error)
         raise media_error("It could not be fetched.", where) from None
@@ -3408,7 +3452,7 @@ async def fetched(url: urllib.parse.SplitResult, where: str, allowed: tuple[str,
     target = urllib.parse.quote((url.path or "/") + ("?" + url.query if url.query else ""), safe="%/:=&~+!$,;'@()*?")
     connection = h11.Connection(h11.CLIENT)  # which also refuses a host with anything odd in it
     request = connection.send(h11.Request(method="GET", target=target, headers=[
-        ("Host", url.netloc), ("User-Agent", "serve.py"), ("Accept", "image/*"), ("Connection", "close")]))
+        ("Host", url.netloc), ("User-Agent", "serve.py"), ("Accept", "image/*, audio/*"), ("Connection", "close")]))
     async with await connected(host, url.port or (443 if secure else 80), where, allowed) as plain:
         stream = trio.SSLStream(plain, tls(), server_hostname=host, https_compatible=True) if secure else plain
         await stream.send_all(request)
@@ -3421,7 +3465,7 @@ async def fetched(url: urllib.parse.SplitResult, where: str, allowed: tuple[str,
             elif isinstance(event, h11.Data):
                 body += event.data
                 if len(body) > max_bytes:
-                    raise media_error(f"The images have more than {MAX_FETCHED_BYTES} bytes.", where)
+                    raise media_error(f"All media have more than {MAX_FETCHED_BYTES} bytes.", where)
         return bytes(body)
 
 
@@ -3450,15 +3494,23 @@ def is_public(text: str) -> bool:
     return address.is_global and not address.is_multicast and not any(address in network for network in TUNNELS)
 
 
-def decoded_images(messages: list[dict[str, Any]]) -> tuple[list[PIL.Image.Image], list[bytes]]:
-    """Return the images of plain messages, and the hash of each one's bytes. Raises APIError 400."""
-    parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]
-             if part["type"] == "image"]
-    images, left = [], MAX_ALL_PIXELS
-    for part in parts:
-        images.append(decoded_image(part["data"], part["where"], min(left, MAX_PIXELS)))
-        left -= images[-1].width * images[-1].height
-    return images, [hashlib.blake2b(part["data"], digest_size=16).digest() for part in parts]
+def decoded_media(messages: list[dict[str, Any]], rate: int | None) -> DecodedMedia:
+    """Return what is to be seen and heard in plain messages. Raises APIError 400."""
+    media: DecodedMedia = {}
+    pixels, seconds = MAX_ALL_PIXELS, float(MAX_AUDIO_SECONDS)
+    for part in itertools.chain(*(m["content"] for m in messages if isinstance(m["content"], list))):
+        if part["type"] == "image":
+            value = decoded_image(part["data"], part["where"], min(pixels, MAX_PIXELS))
+            pixels -= value.width * value.height
+        elif part["type"] == "audio":
+            value = read_audio(part["data"], rate, part["where"], seconds)
+            if len(value) < rate / 10:  # of some the processor makes no token
+                raise APIError(400, "A sound must last for 0.1 s or more.", "invalid_audio", part["where"])
+            seconds -= len(value) / rate
+        else:
+            continue
+        media.setdefault(part["type"], []).append((value, hashlib.blake2b(part["data"], digest_size=16).digest()))
+    return media
 
 
 def decoded_image(data: bytes, where: str, max_pixels: int) -> PIL.Image.Image:
@@ -3473,13 +3525,36 @@ def decoded_image(data: bytes, where: str, max_pixels: int) -> PIL.Image.Image:
     raise media_error(f"It has more than {max_pixels} pixels, or all images together have too many.", where)
 
 
+def read_audio(file: bytes, rate: int, where: str = "file", max_seconds: float = math.inf) -> numpy.ndarray:
+    """Return the sound of a file, in one channel: float32 [samples]. Raises APIError 400. May take a while."""
+    import av  # takes a while too
+
+    parts, seconds, deadline = [], 0.0, time.monotonic() + DECODE_SECONDS
+    max_seconds = min(max_seconds, MAX_AUDIO_SECONDS)
+    try:
+        with av.open(io.BytesIO(file), options={"format_whitelist": AUDIO_FORMATS}) as container:
+            resampler = av.AudioResampler("flt", "mono", rate)
+            for frame in itertools.chain(container.decode(audio=0), [None]):  # None: what the resampler holds back
+                seconds += frame.samples / frame.sample_rate if frame else 0
+                if seconds > max_seconds or time.monotonic() > deadline:  # before it is resampled: it might be a bomb
+                    raise APIError(400, f"The file has more than {max_seconds:.0f} s of sound, or takes more than "
+                                   f"{DECODE_SECONDS:.0f} s to decode.", "audio_too_long", where)
+                parts += [part.to_ndarray()[0] for part in resampler.resample(frame)]
+    except (av.FFmpegError, IndexError, ValueError, ZeroDivisionError) as error:
+        reason = "it has none" if isinstance(error, IndexError) else str(error).partition(":")[0]
+        raise APIError(400, f"The file's sound cannot be read: {reason}.", "invalid_audio", where) from None
+    if not sum(map(len, parts)):
+        raise APIError(400, "The file has no sound in it.", "invalid_audio", where)
+    return numpy.concatenate(parts)
+
+
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def plain_messages(messages: list[dict[str, Any]], template: str) -> list[dict[str, Any]]:
     """Return messages as templates expect them: content a string, roles that the template knows. Raises APIError 400.
 
-    Content with images is a list of parts.
+    Content with media is a list of parts.
     """
     if not messages:
         raise APIError(400, "messages must not be empty.", "invalid_messages", "messages")
@@ -3501,7 +3576,7 @@ def plain_messages(messages: list[dict[str, Any]], template: str) -> list[dict[s
 
 
 def plain_content(message: dict[str, Any], where: str) -> str | list[dict[str, Any]]:
-    """Return a message's content as one string, or as parts if images that were fetched are among them. Raises APIError 400."""
+    """Return a message's content as one string, or as parts if fetched media are among them. Raises APIError 400."""
     content = message.get("content")
     if content is None and (message["role"] == "assistant" or message["role"] == "tool"):
         return ""
@@ -3512,7 +3587,7 @@ def plain_content(message: dict[str, Any], where: str) -> str | list[dict[str, A
     parts = []
     for j, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "image" and isinstance(part.get("data"), bytes):
+        if kind and isinstance(part.get("data"), bytes):  # which no JSON has
             parts.append(part)
             continue
         if kind not in ("text", "input_text", "output_text", "refusal"):
@@ -3522,7 +3597,7 @@ def plain_content(message: dict[str, Any], where: str) -> str | list[dict[str, A
         if not isinstance(text, str):
             raise APIError(400, "the text of a part must be a string.", "invalid_messages", f"{where}[{j}].text")
         parts.append({"type": "text", "text": text})
-    return parts if any(part["type"] == "image" for part in parts) else "".join(part["text"] for part in parts)
+    return parts if any(part["type"] != "text" for part in parts) else "".join(part["text"] for part in parts)
 
 
 MAX_PAST_CALLS = 10_000  # in a message
@@ -3609,8 +3684,8 @@ def render_chat(model: Model, messages: list[dict[str, Any]], continue_final: bo
         messages = describe_tools(messages, tools)
     if continue_final and messages[-1]["role"] != "assistant":
         raise APIError(400, "continue_final_message needs an assistant message at the end.", "invalid_messages", "messages")
-    images, digests = decoded_images(messages)
-    conversation = [{**m, "content": as_parts(m["content"])} for m in messages] if model.sample else messages
+    media = decoded_media(messages, sampling_rate(model.processor))
+    conversation = [{**m, "content": as_parts(m["content"])} for m in messages] if model.samples else messages
     render = functools.partial(model.tokenizer.apply_chat_template, conversation, tokenize=False, **kwargs)
     try:
         text = render(add_generation_prompt=not continue_final, continue_final_message=continue_final)
@@ -3620,10 +3695,10 @@ def render_chat(model: Model, messages: list[dict[str, Any]], continue_final: bo
         raise APIError(400, f"The model's chat template refuses these messages: {error}", "template_error",
                        "messages") from error
     opening = opening if len(opening) < len(text) else ""
-    if not images:
+    if not media:
         return Prompt(tokenize(model, text, model.adds_special_tokens(text)), opening=opening)
     try:
-        return media_prompt(model, text, opening, images, digests)
+        return media_prompt(model, text, opening, media)
     except Exception as error:  # a processor is a program too: it counts placeholders, which a client may have written
         log.debug("processor", exc_info=True)
         raise media_error(f"The model's processor refuses these messages: {error}", "messages") from error
@@ -3633,7 +3708,7 @@ def as_parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return content as the parts that templates of models with media take."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
-    return [{"type": "image"} if part["type"] == "image" else part for part in content]
+    return [part if part["type"] == "text" else {"type": part["type"]} for part in content]
 
 
 def tokenize(model: Model, text: str, add_special_tokens: bool) -> list[int]:
@@ -5929,10 +6004,7 @@ async def run_in_background(live: LiveResponse, frames: AsyncIterator[bytes]) ->
 # ── Audio transcriptions ──────────────────────────────────────────────────────────────────────────────────────────────
 # POST /v1/audio/transcriptions and /translations: decodes a file, and leaves the hearing to transformers' own `generate`.
 
-MAX_AUDIO_SECONDS = 3600
-DECODE_SECONDS = 60.0
 WINDOW_SECONDS = 30
-AUDIO_FORMATS = "wav,flac,mp3,ogg,mp4,webm,aac"  # m4a is mp4; and none that can name other files to be read
 AUDIO_REFUSED: dict[str, tuple] = {
     "chunking_strategy": ("auto",), "include": ([],), "keywords": ([],), "languages": ([],), "known_speaker_names": ([],),
     "known_speaker_references": ([],), "hotwords": (), "to_language": (), "seed": (), "top_p": (), "top_k": (), "min_p": (),
@@ -6053,28 +6125,6 @@ def hearing(body: AudioRequest, task: str, model: Model) -> Hearing:
 def is_timed(model: Model) -> bool:
     """Return whether a model tells when what is said: those of the Whisper family do."""
     return hasattr(model.generation, "no_timestamps_token_id")
-
-
-def read_audio(file: bytes, rate: int) -> numpy.ndarray:
-    """Return the sound of a file, in one channel: float32 [samples]. Raises APIError 400. May take a while."""
-    import av  # takes a while too
-
-    parts, seconds, deadline = [], 0.0, time.monotonic() + DECODE_SECONDS
-    try:
-        with av.open(io.BytesIO(file), options={"format_whitelist": AUDIO_FORMATS}) as container:
-            resampler = av.AudioResampler("flt", "mono", rate)
-            for frame in itertools.chain(container.decode(audio=0), [None]):  # None: what the resampler holds back
-                seconds += frame.samples / frame.sample_rate if frame else 0
-                if seconds > MAX_AUDIO_SECONDS or time.monotonic() > deadline:  # before it is resampled: it might be a bomb
-                    raise APIError(400, f"The file has more than {MAX_AUDIO_SECONDS} s of sound, or takes more than "
-                                   f"{DECODE_SECONDS:.0f} s to decode.", "audio_too_long", "file")
-                parts += [part.to_ndarray()[0] for part in resampler.resample(frame)]
-    except (av.FFmpegError, IndexError, ValueError, ZeroDivisionError) as error:
-        reason = "it has none" if isinstance(error, IndexError) else str(error).partition(":")[0]
-        raise APIError(400, f"The file's sound cannot be read: {reason}.", "invalid_audio", "file") from None
-    if not sum(map(len, parts)):
-        raise APIError(400, "The file has no sound in it.", "invalid_audio", "file")
-    return numpy.concatenate(parts)
 
 
 async def transcript_events(engine: BatchEngine, job: Job) -> AsyncIterator[dict[str, Any]]:

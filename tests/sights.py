@@ -1,4 +1,4 @@
-"""Small checkpoints of real vision-language architectures: the weights are random, the processors real, on PIL."""
+"""Small checkpoints of real architectures that see or hear: the weights are random, the processors real, on PIL."""
 from __future__ import annotations
 
 import json
@@ -10,16 +10,20 @@ import transformers
 
 TEMPLATE = (
     "{%% for m in messages %%}<|im_start|>{{ m.role }}\n{%% if m.content is string %%}{{ m.content }}{%% else %%}"
-    "{%% for p in m.content %%}{%% if p.type == 'image' %%}%s{%% else %%}{{ p.text }}{%% endif %%}{%% endfor %%}{%% endif %%}"
+    "{%% for p in m.content %%}{%% if p.type != 'text' %%}%s{%% else %%}{{ p.text }}{%% endif %%}{%% endfor %%}{%% endif %%}"
     "<|im_end|>\n{%% endfor %%}{%% if add_generation_prompt %%}<|im_start|>assistant\n{%% endif %%}")
 TOKENS = ["<image>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<fake_token_around_image>",
           "<end_of_utterance>", "<global-img>", *(f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7)),
-          "<start_of_image>", "<end_of_image>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
+          "<start_of_image>", "<end_of_image>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>",
+          "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]
 TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "max_position_embeddings": 2048, "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
 EYE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56,
        "patch_size": 14, "initializer_range": 0.2}
+EAR = {"num_mel_bins": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 64, "d_model": 32,
+       "initializer_range": 0.2}
+WHISPER = {"feature_extractor_type": "WhisperFeatureExtractor", "feature_size": 16, "chunk_length": 4}
 
 
 def families(id: Any, vocab_size: int) -> dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str, dict[str, str]]]:
@@ -92,6 +96,32 @@ def families(id: Any, vocab_size: int) -> dict[str, tuple[dict[str, Any], dict[s
                      {"processor_class": "InternVLProcessor", "image_seq_length": 4}, "<IMG_CONTEXT>\n",
                      {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
                       "video_token": "<video>"}),
+        "qwen2_audio": ({"model_type": "qwen2_audio", "text_config": {**text, "model_type": "qwen2"},
+                         "audio_token_index": id("<|AUDIO|>"), "audio_config": {**EAR, "max_source_positions": 200}},
+                        WHISPER, {"processor_class": "Qwen2AudioProcessor"}, "<|audio_bos|><|AUDIO|><|audio_eos|>", {}),
+        "qwen3_asr": ({"model_type": "qwen3_asr", "text_config": {**text, "head_dim": 8, "model_type": "qwen3"},
+                       "audio_token_id": id("<|AUDIO|>"), "tie_word_embeddings": False,
+                       "audio_config": {**EAR, "output_dim": 32, "downsample_hidden_size": 16}},
+                      {**WHISPER, "feature_extractor_type": "Qwen3ASRFeatureExtractor"},
+                      {"processor_class": "Qwen3ASRProcessor"}, "<|audio_bos|><|AUDIO|><|audio_eos|>",
+                      {"audio_token": "<|AUDIO|>", "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>"}),
+        "gemma4": ({"model_type": "gemma4", "tie_word_embeddings": False, "image_token_id": id("<image>"),
+                    "boi_token_id": id("<start_of_image>"), "eoi_token_id": id("<end_of_image>"),
+                    "audio_token_id": id("<|AUDIO|>"), "boa_token_id": id("<|audio_bos|>"),
+                    "eoa_token_index": id("<|audio_eos|>"), "video_token_id": id("<video>"),
+                    "text_config": {**text, "head_dim": 8, "global_head_dim": 8, "model_type": "gemma4_text",
+                                    "hidden_size_per_layer_input": 0, "sliding_window": 16,
+                                    "layer_types": ["sliding_attention", "full_attention"]},
+                    "vision_config": {**EYE, "head_dim": 16, "num_key_value_heads": 2, "position_embedding_size": 64},
+                    "audio_config": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+                                     "subsampling_conv_channels": [128, 8], "output_proj_dims": 32,
+                                     "initializer_range": 0.2}},
+                   {"image_processor_type": "Gemma4ImageProcessor", "patch_size": 14, "max_soft_tokens": 70,
+                    "feature_extractor_type": "Gemma4AudioFeatureExtractor"},
+                   {"processor_class": "Gemma4Processor"},
+                   "{% if p.type == 'image' %}<image>{% else %}<|AUDIO|>{% endif %}",
+                   {"image_token": "<image>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>",
+                    "audio_token": "<|AUDIO|>", "boa_token": "<|audio_bos|>", "eoa_token": "<|audio_eos|>"}),
     }
 
 

@@ -1,4 +1,4 @@
-"""Images in the batch: what HTTP answers is what generate() of the same checkpoint says, token for token.
+"""Images and sounds in the batch: what HTTP answers is what generate() of the same checkpoint says, token for token.
 
 The checkpoints have random weights and real architectures, processors and pictures.
 """
@@ -7,9 +7,11 @@ from __future__ import annotations
 import base64
 import io
 import threading
+import wave
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy
 import PIL.Image
 import pytest
 import serve
@@ -80,7 +82,8 @@ def generated(folder: Path, conversations: list[list[dict]]) -> list[tuple[int, 
     for conversation in conversations:
         messages = [{"role": m["role"], "content": m["content"] if isinstance(m["content"], str) else [
             {"type": "image", "image": PIL.Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].split(",")[1])))}
-            if part["type"] == "image_url" else part for part in m["content"]]} for m in conversation]
+            if part["type"] == "image_url" else {"type": "audio", "audio": heard(part)} if part["type"] == "input_audio"
+            else part for part in m["content"]]} for m in conversation]
         inputs = transformers.ProcessorMixin.apply_chat_template(  # SmolVLM's own asks its video processor first
             processor, messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True)
         ids = network.generate(**inputs, max_new_tokens=ANSWER, do_sample=False)[0, inputs["input_ids"].shape[1]:]
@@ -234,3 +237,126 @@ def test_images_that_wait_are_bounded(seeing: LocalServer, monkeypatch: pytest.M
         going_on.set()
         assert refused == (429, "queue_full", None) and first.result()
     assert ask(seeing, CONVERSATIONS[3])
+
+
+HEARING = ["qwen2_audio", "qwen3_asr", "gemma4"]
+
+
+def tone(start: float, end: float, seconds: float = 1.3, rate: int = 16000) -> bytes:
+    """Return the WAV file of a tone that rises or falls from one frequency to another."""
+    times = numpy.arange(int(seconds * rate)) / rate
+    values = 0.5 * numpy.sin(2 * numpy.pi * (start + (end - start) / 2 / seconds * times) * times)
+    with wave.open(out := io.BytesIO(), "wb") as file:
+        file.setparams((1, 2, rate, 0, "NONE", ""))
+        file.writeframes((values * 32767).astype("<i2").tobytes())
+    return out.getvalue()
+
+
+RISING, FALLING = tone(200, 2000), tone(5000, 300, 2.1)
+
+
+def sound_part(data: bytes) -> dict:
+    return {"type": "input_audio", "input_audio": {"data": base64.b64encode(data).decode(), "format": "wav"}}
+
+
+def heard(part: dict) -> numpy.ndarray:
+    with wave.open(io.BytesIO(base64.b64decode(part["input_audio"]["data"]))) as file:
+        return numpy.frombuffer(file.readframes(file.getnframes()), "<i2").astype("float32") / 32768
+
+
+SPOKEN = [
+    user(sound_part(RISING), text_part("What is to be heard?")),
+    user(text_part("What is the capital of France?")),
+    user(text_part("Listen closely: "), sound_part(FALLING), text_part(" What was that?")),
+    user(sound_part(FALLING), text_part("What is to be heard?")),
+]
+TOGETHER = {  # what only some of them take
+    "qwen2_audio": [user(sound_part(RISING), text_part(" or "), sound_part(FALLING), text_part("?"))], "qwen3_asr": [],
+    "gemma4": [user(image_part(COFFEE), sound_part(FALLING), text_part(" and "), sound_part(RISING), image_part(ASTRONAUT))],
+}
+
+
+@pytest.fixture(scope="module", params=HEARING)
+def ears(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ears") / request.param
+    sights.save(request.param, folder, checkpoint)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hearing(ears: Path):
+    server = LocalServer(str(ears), "--dtype", "float32", "--block-size", "8", "--max-batch-tokens", "24",
+                         "--kv-cache-memory", "32MiB").start()
+    yield server
+    server.stop()
+
+
+def test_what_is_heard_is_what_generate_hears(hearing: LocalServer, ears: Path) -> None:
+    conversations = SPOKEN + TOGETHER[ears.name]
+    expected = generated(ears, conversations)
+    assert len(set(expected)) == len(expected), "the sounds make no difference"
+    with ThreadPoolExecutor(8) as clients:
+        for _ in range(2):  # the second time round from the prefix cache
+            assert list(clients.map(lambda messages: ask(hearing, messages), conversations)) == expected
+    hearing.assert_idle()
+    assert hearing.engine.runner.paged
+
+
+def test_a_repeated_sound_is_a_prefix_hit_and_another_is_not(hearing: LocalServer) -> None:
+    def conversation(data: bytes) -> list[dict]:
+        return user(text_part("These words come before the sound, and they are more than two blocks of eight tokens."),
+                    sound_part(data), text_part("What was to be heard there?"))
+
+    shrill = tone(3000, 4000, 2.1)  # as long as the other
+    length, cached = usage(hearing, conversation(FALLING))
+    assert cached == 0
+    assert usage(hearing, conversation(FALLING)) == (length, (length - 1) // 8 * 8)
+    other, cached = usage(hearing, conversation(shrill))
+    assert other == length and 16 <= cached <= 32
+    hearing.assert_idle()
+
+
+def test_without_paging_the_same_is_heard(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sights.save("qwen2_audio", tmp_path, checkpoint)
+    monkeypatch.setattr(serve, "self_test", lambda runner: "not today")
+    server = LocalServer(str(tmp_path), "--dtype", "float32").start()
+    try:
+        conversations = SPOKEN + TOGETHER["qwen2_audio"]
+        with ThreadPoolExecutor(8) as clients:
+            answers = list(clients.map(lambda messages: ask(server, messages), conversations))
+        assert answers == generated(tmp_path, conversations)
+        assert not server.engine.runner.paged
+    finally:
+        server.stop()
+
+
+def test_sounds_by_address_and_in_responses(hearing: LocalServer) -> None:
+    address = "data:audio/wav;base64," + base64.b64encode(RISING).decode()
+    expected = ask(hearing, SPOKEN[0])
+    for url in (address, {"url": address}):
+        assert ask(hearing, user({"type": "audio_url", "audio_url": url}, text_part("What is to be heard?"))) == expected
+    response = http.post(hearing.url + "/v1/responses", json={
+        "input": [{"role": "user", "content": [sound_part(RISING), {"type": "input_text", "text": "What is to be heard?"}]}],
+        "temperature": 0, "max_output_tokens": ANSWER}).json()
+    assert response["output"][-1]["content"][0]["text"] == expected[1]
+
+
+def test_what_cannot_be_heard_is_refused(hearing: LocalServer, ears: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = "messages[0].content[0].input_audio"
+    for data, code in ((RISING[:40], "invalid_audio"), (b"hello", "invalid_audio"), (tone(200, 300, 0.05), "invalid_audio"),
+                       (ASTRONAUT, "invalid_audio")):
+        assert refusal(hearing, user(sound_part(data))) == (400, code, place)
+    for given in ({"data": "%%%", "format": "wav"}, {"format": "wav"}, "AAAA", None):
+        assert refusal(hearing, user({"type": "input_audio", "input_audio": given})) == (400, "invalid_media", place)
+    for address in ("/etc/passwd", "http://localhost/", "data:audio/wav;base64,%%%", 5):
+        expected = (400, "invalid_media", "messages[0].content[0].audio_url")
+        assert refusal(hearing, user({"type": "audio_url", "audio_url": {"url": address}})) == expected
+    for part in ({"type": "video_url", "video_url": {"url": ""}}, *([] if ears.name == "gemma4" else [image_part(COFFEE)])):
+        assert refusal(hearing, user(part)) == (400, "unsupported_content", "messages[0].content[0].type")
+    if ears.name == "qwen2_audio":  # whose tower takes 4 s: its processor would drop the rest without a word
+        assert refusal(hearing, user(sound_part(tone(200, 300, 4.05)))) == (400, "invalid_media", "messages")
+    monkeypatch.setattr(serve, "MAX_AUDIO_SECONDS", 3)
+    assert refusal(hearing, user(sound_part(tone(200, 300, 3.5)))) == (400, "audio_too_long", place)
+    assert refusal(hearing, user(sound_part(RISING), sound_part(FALLING))) == (400, "audio_too_long",
+                                                                                 place.replace("[0].i", "[1].i"))
+    assert ask(hearing, SPOKEN[0])

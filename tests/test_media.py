@@ -233,7 +233,7 @@ def test_decodes_as_transformers_does(content: bytes, tmp_path: Path) -> None:
 
 
 def test_what_a_request_may_hold_is_bounded(seeing: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert show(seeing, *[part(data(PNG))] * (serve.MAX_IMAGES + 1))[0] == 400
+    assert show(seeing, *[part(data(PNG))] * (serve.MAX_MEDIA + 1))[0] == 400
     pixels = PICTURE.width * PICTURE.height
     monkeypatch.setattr(serve, "MAX_ALL_PIXELS", 3 * pixels)
     assert show(seeing, *[part(data(PNG))] * 3) == (200, None)
