@@ -833,15 +833,26 @@ class Scheduler:
         self.num_preemptions += 1
         self.running.remove(seq)
         self.release(seq)
+        if seq.scoring:
+            seq.scores = []  # they are opened anew
         self.waiting.appendleft(seq)
 
-    def spoil(self, seq: Sequence) -> None:
-        """Take back the blocks that a sequence's failed step was to fill: who shares them is computed again."""
+    def written(self, seq: Sequence) -> list[int]:
+        """Return the blocks that a sequence's next tokens go to."""
+        return seq.block_table[max(seq.num_computed_tokens, seq.num_shared_tokens) // self.pool.block_size:]
+
+    def spoil(self, seq: Sequence, blocks: list[int]) -> None:
+        """Take back the blocks and scores that a sequence's failed step was to fill: who shares them is computed again."""
         first = max(seq.num_computed_tokens, seq.num_shared_tokens) // self.pool.block_size
-        for block in (spoilt := set(seq.block_table[first:])):
+        unfilled = set(map(id, seq.scores[first:])) if seq.scoring else set()
+        for block in blocks:
             self.pool.unpublish(block)
-        for other in [other for other in self.running if other is not seq and spoilt.intersection(other.block_table)]:
-            self.preempt(other)
+        for digest in seq.block_hashes[first:] if seq.sampling.score_prompt else ():
+            self.pool.scores.pop(digest, None)  # of a block that another has filled, for somebody without scores
+        for other in list(self.running):
+            shares = not set(blocks).isdisjoint(other.block_table) or not unfilled.isdisjoint(map(id, other.scores))
+            if other is not seq and shares:
+                self.preempt(other)
 
     def drop_ended(self) -> None:
         """Forget the sequences that are finished or abandoned, and free what they hold."""
@@ -2568,6 +2579,7 @@ class Step:
     points: list[float]  # by which they draw it
     inputs: Any  # the batch as the runner takes it
     overlaps: bool  # the next step can be scheduled, and begin, before anybody reads this one's tokens
+    blocks: dict[Sequence, list[int]]  # where each sequence's tokens go
     computed: outcome.Outcome | None = None  # what waits for the results and returns them
     results: outcome.Outcome | None = None  # each receiver's token, and the scored tokens of prompts
     done: trio.Event = field(default_factory=trio.Event)  # the results are there
@@ -2798,7 +2810,8 @@ class Engine:
         decodes = len(receivers) == len(batch) == sum(batch.values())
         points = draw_points(receivers)
         step = Step(batch, receivers, points, self.runner.lay_out(batch, points),
-                    may_overlap and decodes and self.runner.paged and not any(map(needs_tokens, receivers)))
+                    may_overlap and decodes and self.runner.paged and not any(map(needs_tokens, receivers)),
+                    {seq: self.scheduler.written(seq) for seq in batch})
         for row, seq in enumerate(receivers):
             seq.row = row
         self.thread(functools.partial(self.compute, step, before, trio.lowlevel.current_trio_token().run_sync_soon))
@@ -2824,7 +2837,6 @@ class Engine:
             if self.ahead:
                 self.tell()
             return
-        step.computed = step.results = None  # the error's frames hold the tensors of the step
         await self.retry(step, failure)
 
     async def wait(self, step: Step, ahead: Step | None = None) -> None:
@@ -2838,22 +2850,24 @@ class Engine:
         """Run the halves of a batch that failed, one after the other; a sequence alone has failed."""
         if step.overlaps:
             self.scheduler.take_back(step.batch, step.receivers)
-        if ahead := self.ahead:  # it went on from tokens that there are not
+        if ahead := self.ahead:  # it was to go on from tokens that there are not
             self.ahead = None
             await self.wait(ahead)
             for seq in ahead.batch:
-                self.scheduler.spoil(seq)
+                self.scheduler.spoil(seq, ahead.blocks[seq])
+            ahead.computed = ahead.results = None
+        step.computed = step.results = None  # the error's frames hold the tensors of the step
         batch = list(step.batch)
         for seq in batch:
             seq.cache = None  # it may have gone ahead of the sequence
+            self.scheduler.spoil(seq, step.blocks[seq])
         if len(batch) > 1:
             middle = len(batch) // 2
             for half in (batch[:middle], batch[middle:]):
-                if left := {seq: step.batch[seq] for seq in half if seq.block_table}:  # not preempted for what it shares
+                if left := {seq: step.batch[seq] for seq in half if seq.block_table and not seq.ended}:
                     await self.finish(self.start(left, may_overlap=False))
-        elif batch[0].block_table:
+        elif batch[0].block_table and not batch[0].ended:
             [seq] = batch
-            self.scheduler.spoil(seq)
             seq.error, seq.finish_reason = failure, "error"
             seq.stream.tell(seq)
             nothing = Sequence([0], 1, SamplingParams(), 0, b"", None, 0, block_table=[0])  # in the block that nobody reads
@@ -2867,7 +2881,10 @@ class Engine:
         What the step before brought is told when this one's layers compute: until then, the engine's thread would wait for
         the interpreter until all the requests' tasks are done.
         """
-        step.computed = outcome.capture(self.run_step, step, functools.partial(self.hand_over, before, soon))
+        if before and isinstance(before.computed, outcome.Error):
+            step.computed = before.computed  # there are no tokens to go on from
+        else:
+            step.computed = outcome.capture(self.run_step, step, functools.partial(self.hand_over, before, soon))
         if before and before.results is None:  # this one failed before it came to its layers
             self.hand_over(before, soon)
 
@@ -6364,6 +6381,8 @@ async def last_states(engine: Engine, prompts: list[Prompt]) -> list[Tensor]:
     async with engine.submit(prompts, SamplingParams(max_tokens=0, embed=True)) as stream:
         async for _ in stream:
             pass
+    for error in filter(None, (seq.error for seq in stream.sequences)):
+        raise error
     return [normalise(seq.embedding).cpu() for seq in stream.sequences]
 
 
