@@ -878,8 +878,6 @@ IGNORED_GENERATION_SETTINGS = ["no_repeat_ngram_size", "bad_words_ids", "suppres
                                "forced_eos_token_id", "encoder_repetition_penalty"]
 CODES = "weights.codes"  # beside a converted checkpoint: what GGUF left of its weights, as safetensors
 CHECKPOINT_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
-
-
 KINDS = {"text": "generates text", "speech": "transcribes speech", "encoder": "embeds texts"}
 PoolingStep = Callable[[Tensor, Tensor], Tensor]  # from hidden states or a vector, and the mask of the tokens
 
@@ -1326,8 +1324,6 @@ def available_memory(device: torch.device) -> int:
 # Computes the logits of a batch: ragged over the paged KV cache, or, for models that this gets wrong, sequence by sequence.
 
 _step = threading.local()  # transformers calls `attend` with no room for an argument of ours: the step's runner stands here
-
-
 Sight = tuple[Sequence, slice, slice]  # a prompt with images, its rows in a batch, and which of its tokens they are
 
 
@@ -1673,7 +1669,6 @@ class PagedRunner:
         if meanwhile:
             meanwhile()
 
-
     def watch_states(self) -> None:
         """See what the network's head gets from now on."""
         if head := self.model.network.get_output_embeddings():
@@ -1735,46 +1730,30 @@ Runner = PagedRunner | SequentialRunner
 
 def choose_attention(kind: str, device: torch.device) -> tuple[Callable[..., Tensor], str]:
     """Return the attention kernel and its name. Raises APIError 400 for one asked for by name that cannot run here."""
-    problem = attention_cpu.unavailable() if device.type == "cpu" and kind != "triton" else triton_problem(device)
-    if kind == "flash":
-        problem = flash_problem(device)
+    own = "flash" if kind == "flash" else "triton"
+    on_cpu = device.type == "cpu" and kind not in ("triton", "flash")
+    problem = attention_cpu.unavailable() if on_cpu else cuda_problem(device, own)
     if problem and kind in ("kernel", "triton", "flash"):
         raise APIError(400, f"--attn-implementation {kind.replace('kernel', 'paged_attention')} cannot run here: {problem}")
-    if kind == "flash":
-        from serve_kernels import attention_flash
-
-        return attention_flash.paged_attention, "flash-attn"
-    if kind in ("auto", "kernel", "triton") and problem is None:
-        if device.type == "cpu":
+    if problem is None and kind not in ("eager", "sdpa"):
+        if on_cpu:
             return attention_cpu.paged_attention, "C++"
-        from serve_kernels import attention_triton
-
-        return attention_triton.paged_attention, "Triton"
+        kernel = importlib.import_module(f"serve_kernels.attention_{own}").paged_attention
+        return kernel, "flash-attn" if own == "flash" else "Triton"
     if kind == "eager":
         return attention.paged_attention_eager, "eager"
     return attention.paged_attention_sdpa, "packed SDPA" + (f" (no kernel: {problem})" if kind == "auto" else "")
 
 
-def triton_problem(device: torch.device) -> str | None:
-    """Return why our kernels for CUDA cannot run, or None."""
+def cuda_problem(device: torch.device, name: str) -> str | None:
+    """Return why attention for CUDA, "triton" or "flash", cannot run, or None."""
     if device.type != "cuda":
-        return f"triton is for CUDA, not for {device.type}"
+        return f"{name} is for CUDA, not for {device.type}"
     try:
-        from serve_kernels import attention_triton
+        kernel = importlib.import_module(f"serve_kernels.attention_{name}")
     except ImportError as error:
-        return str(error)
-    return attention_triton.unavailable()
-
-
-def flash_problem(device: torch.device) -> str | None:
-    """Return why flash-attn cannot run, or None."""
-    if device.type != "cuda":
-        return f"flash-attn is for CUDA, not for {device.type}"
-    try:
-        from serve_kernels import attention_flash  # noqa: F401
-    except ImportError as error:
-        return f"flash-attn is not installed ({error})"
-    return None
+        return f"{name} is not installed ({error})"
+    return kernel.unavailable() if name == "triton" else None
 
 
 def step_tokens(config: Config, device: torch.device) -> int:
@@ -2095,13 +2074,12 @@ def make_runner(model: Model, kernel: Callable[..., Tensor], config: Config) -> 
         raise APIError(400, f"The model {model.id!r} cannot be run: fused, its logits differ by {difference:.1e}",
                        "model_not_supported", "model")
     peaks = step_peaks(runner, step_tokens(config, model.device))
-    num_blocks, memory, memory_left, size = min(
-        (cache_bytes(config, device, peaks.get(device, 0)) // size, cache_bytes(config, device, peaks.get(device, 0)),
-         available_memory(device), size)
-        for device, size in runner.block_bytes.items())  # on the device that has room for the fewest
-    num_blocks = min(useful, max(2, num_blocks))
-    if num_blocks * size > memory_left:
-        raise APIError(400, f"{memory_left} bytes are free, too few for a KV cache of {memory}", "no_memory")
+    rooms = {device: cache_bytes(config, device, peaks.get(device, 0)) for device in runner.block_bytes}
+    device, size = min(runner.block_bytes.items(), key=lambda item: rooms[item[0]] // item[1])  # it has room for the fewest
+    memory, free = rooms[device], available_memory(device)
+    num_blocks = min(useful, max(2, memory // size))
+    if num_blocks * size > free:
+        raise APIError(400, f"{free} bytes are free, too few for a KV cache of {memory}", "no_memory")
     if (num_blocks - 1) * config.block_size < min(model.max_model_len, 256):
         raise APIError(400, f"{memory} bytes are too few for a KV cache: raise --kv-cache-memory", "no_memory")
     runner.resize(num_blocks)
@@ -2148,7 +2126,7 @@ def sample(logits: Tensor, sequences: list[Sequence], points: list[float], chose
     scores = adjust(logits, sequences)
     if chosen is not None and scores is logits:
         return chosen[:len(sequences)]
-    if sequences and triton_problem(scores.device) is None:
+    if sequences and cuda_problem(scores.device, "triton") is None:
         sampling = torch.frombuffer(columns(sequences, points, len(sequences)), dtype=torch.float64).view(-1, 5)
         return choose_on_gpu(scores, sampling.pin_memory().to(scores.device, non_blocking=True))
     chosen = argmax(scores)
