@@ -15,9 +15,10 @@ The life of a request, top to bottom of this file and back:
     Engine.deliver     appends the tokens to their streams; whoever left the stream is dropped at the next step
     deltas             turns tokens into text, stops at stop strings; chunks_of makes them chunks, sent or folded
 
-Contents: Configuration · Paged KV cache · Sequences · Scheduler · Model · Runner · Fusion · Sampling · Structured output ·
-Engine · Batch engine · Model pool · Prompts · Deltas · HTTP · Sampling fields · MCP tools · Chat completions · Completions ·
-Stored responses · Responses · Audio transcriptions · Embeddings · Models, health, metrics · Chat page · Main.
+Contents: Configuration · Paged KV cache · Sequences · Scheduler · Model · Runner · Self-test · Fusion · Sampling ·
+Structured output · Engine · Batch engine · Model pool · Prompts · Deltas · HTTP · Sampling fields · MCP tools ·
+Chat completions · Completions · Stored responses · Responses · Audio transcriptions · Embeddings · Models, health, metrics ·
+Chat page · Main.
 Each banner is the name of its test file.
 """
 from __future__ import annotations
@@ -1789,6 +1790,10 @@ def step_peaks(runner: PagedRunner, tokens: int) -> dict[torch.device, int]:
     runner.resize(2)
     torch.cuda.empty_cache()
     return peaks
+
+
+# ── Self-test ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Checks at load that a runner computes what the model computes: one that does not gives way to another, or to a refusal.
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
