@@ -15,9 +15,10 @@ The life of a request, top to bottom of this file and back:
     Engine.deliver     appends the tokens to their streams; whoever left the stream is dropped at the next step
     deltas             turns tokens into text, stops at stop strings; chunks_of makes them chunks, sent or folded
 
-Contents: Configuration · Paged KV cache · Sequences · Scheduler · Model · Runner · Fusion · Sampling · Structured output ·
-Engine · Batch engine · Model pool · Prompts · Deltas · HTTP · Sampling fields · MCP tools · Chat completions · Completions ·
-Stored responses · Responses · Audio transcriptions · Embeddings · Models, health, metrics · Chat page · Main.
+Contents: Configuration · Paged KV cache · Sequences · Scheduler · Model · Runner · Self-test · Fusion · Sampling ·
+Structured output · Engine · Batch engine · Model pool · Prompts · Deltas · HTTP · Sampling fields · MCP tools ·
+Chat completions · Completions · Stored responses · Responses · Audio transcriptions · Embeddings · Models, health, metrics ·
+Chat page · Main.
 Each banner is the name of its test file.
 """
 from __future__ import annotations
@@ -833,15 +834,26 @@ class Scheduler:
         self.num_preemptions += 1
         self.running.remove(seq)
         self.release(seq)
+        if seq.scoring:
+            seq.scores = []  # they are opened anew
         self.waiting.appendleft(seq)
 
-    def spoil(self, seq: Sequence) -> None:
-        """Take back the blocks that a sequence's failed step was to fill: who shares them is computed again."""
+    def written(self, seq: Sequence) -> list[int]:
+        """Return the blocks that a sequence's next tokens go to."""
+        return seq.block_table[max(seq.num_computed_tokens, seq.num_shared_tokens) // self.pool.block_size:]
+
+    def spoil(self, seq: Sequence, blocks: list[int]) -> None:
+        """Take back the blocks and scores that a sequence's failed step was to fill: who shares them is computed again."""
         first = max(seq.num_computed_tokens, seq.num_shared_tokens) // self.pool.block_size
-        for block in (spoilt := set(seq.block_table[first:])):
+        unfilled = set(map(id, seq.scores[first:])) if seq.scoring else set()
+        for block in blocks:
             self.pool.unpublish(block)
-        for other in [other for other in self.running if other is not seq and spoilt.intersection(other.block_table)]:
-            self.preempt(other)
+        for digest in seq.block_hashes[first:] if seq.sampling.score_prompt else ():
+            self.pool.scores.pop(digest, None)  # of a block that another has filled, for somebody without scores
+        for other in list(self.running):
+            shares = not set(blocks).isdisjoint(other.block_table) or not unfilled.isdisjoint(map(id, other.scores))
+            if other is not seq and shares:
+                self.preempt(other)
 
     def drop_ended(self) -> None:
         """Forget the sequences that are finished or abandoned, and free what they hold."""
@@ -867,8 +879,6 @@ IGNORED_GENERATION_SETTINGS = ["no_repeat_ngram_size", "bad_words_ids", "suppres
                                "forced_eos_token_id", "encoder_repetition_penalty"]
 CODES = "weights.codes"  # beside a converted checkpoint: what GGUF left of its weights, as safetensors
 CHECKPOINT_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
-
-
 KINDS = {"text": "generates text", "speech": "transcribes speech", "encoder": "embeds texts"}
 PoolingStep = Callable[[Tensor, Tensor], Tensor]  # from hidden states or a vector, and the mask of the tokens
 
@@ -1350,8 +1360,6 @@ def available_memory(device: torch.device) -> int:
 # Computes the logits of a batch: ragged over the paged KV cache, or, for models that this gets wrong, sequence by sequence.
 
 _step = threading.local()  # transformers calls `attend` with no room for an argument of ours: the step's runner stands here
-
-
 Sight = tuple[Sequence, slice, slice]  # a prompt with media, its rows in a batch, and which of its tokens they are
 
 
@@ -1697,7 +1705,6 @@ class PagedRunner:
         if meanwhile:
             meanwhile()
 
-
     def watch_states(self) -> None:
         """See what the network's head gets from now on."""
         if head := self.model.network.get_output_embeddings():
@@ -1759,46 +1766,30 @@ Runner = PagedRunner | SequentialRunner
 
 def choose_attention(kind: str, device: torch.device) -> tuple[Callable[..., Tensor], str]:
     """Return the attention kernel and its name. Raises APIError 400 for one asked for by name that cannot run here."""
-    problem = attention_cpu.unavailable() if device.type == "cpu" and kind != "triton" else triton_problem(device)
-    if kind == "flash":
-        problem = flash_problem(device)
+    own = "flash" if kind == "flash" else "triton"
+    on_cpu = device.type == "cpu" and kind not in ("triton", "flash")
+    problem = attention_cpu.unavailable() if on_cpu else cuda_problem(device, own)
     if problem and kind in ("kernel", "triton", "flash"):
         raise APIError(400, f"--attn-implementation {kind.replace('kernel', 'paged_attention')} cannot run here: {problem}")
-    if kind == "flash":
-        from serve_kernels import attention_flash
-
-        return attention_flash.paged_attention, "flash-attn"
-    if kind in ("auto", "kernel", "triton") and problem is None:
-        if device.type == "cpu":
+    if problem is None and kind not in ("eager", "sdpa"):
+        if on_cpu:
             return attention_cpu.paged_attention, "C++"
-        from serve_kernels import attention_triton
-
-        return attention_triton.paged_attention, "Triton"
+        kernel = importlib.import_module(f"serve_kernels.attention_{own}").paged_attention
+        return kernel, "flash-attn" if own == "flash" else "Triton"
     if kind == "eager":
         return attention.paged_attention_eager, "eager"
     return attention.paged_attention_sdpa, "packed SDPA" + (f" (no kernel: {problem})" if kind == "auto" else "")
 
 
-def triton_problem(device: torch.device) -> str | None:
-    """Return why our kernels for CUDA cannot run, or None."""
+def cuda_problem(device: torch.device, name: str) -> str | None:
+    """Return why attention for CUDA, "triton" or "flash", cannot run, or None."""
     if device.type != "cuda":
-        return f"triton is for CUDA, not for {device.type}"
+        return f"{name} is for CUDA, not for {device.type}"
     try:
-        from serve_kernels import attention_triton
+        kernel = importlib.import_module(f"serve_kernels.attention_{name}")
     except ImportError as error:
-        return str(error)
-    return attention_triton.unavailable()
-
-
-def flash_problem(device: torch.device) -> str | None:
-    """Return why flash-attn cannot run, or None."""
-    if device.type != "cuda":
-        return f"flash-attn is for CUDA, not for {device.type}"
-    try:
-        from serve_kernels import attention_flash  # noqa: F401
-    except ImportError as error:
-        return f"flash-attn is not installed ({error})"
-    return None
+        return f"{name} is not installed ({error})"
+    return kernel.unavailable() if name == "triton" else None
 
 
 def step_tokens(config: Config, device: torch.device) -> int:
@@ -1834,6 +1825,10 @@ def step_peaks(runner: PagedRunner, tokens: int) -> dict[torch.device, int]:
     runner.resize(2)
     torch.cuda.empty_cache()
     return peaks
+
+
+# ── Self-test ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Checks at load that a runner computes what the model computes: one that does not gives way to another, or to a refusal.
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -2120,13 +2115,12 @@ def make_runner(model: Model, kernel: Callable[..., Tensor], config: Config) -> 
         raise APIError(400, f"The model {model.id!r} cannot be run: fused, its logits differ by {difference:.1e}",
                        "model_not_supported", "model")
     peaks = step_peaks(runner, step_tokens(config, model.device))
-    num_blocks, memory, memory_left, size = min(
-        (cache_bytes(config, device, peaks.get(device, 0)) // size, cache_bytes(config, device, peaks.get(device, 0)),
-         available_memory(device), size)
-        for device, size in runner.block_bytes.items())  # on the device that has room for the fewest
-    num_blocks = min(useful, max(2, num_blocks))
-    if num_blocks * size > memory_left:
-        raise APIError(400, f"{memory_left} bytes are free, too few for a KV cache of {memory}", "no_memory")
+    rooms = {device: cache_bytes(config, device, peaks.get(device, 0)) for device in runner.block_bytes}
+    device, size = min(runner.block_bytes.items(), key=lambda item: rooms[item[0]] // item[1])  # it has room for the fewest
+    memory, free = rooms[device], available_memory(device)
+    num_blocks = min(useful, max(2, memory // size))
+    if num_blocks * size > free:
+        raise APIError(400, f"{free} bytes are free, too few for a KV cache of {memory}", "no_memory")
     if (num_blocks - 1) * config.block_size < min(model.max_model_len, 256):
         raise APIError(400, f"{memory} bytes are too few for a KV cache: raise --kv-cache-memory", "no_memory")
     runner.resize(num_blocks)
@@ -2173,7 +2167,7 @@ def sample(logits: Tensor, sequences: list[Sequence], points: list[float], chose
     scores = adjust(logits, sequences)
     if chosen is not None and scores is logits:
         return chosen[:len(sequences)]
-    if sequences and triton_problem(scores.device) is None:
+    if sequences and cuda_problem(scores.device, "triton") is None:
         sampling = torch.frombuffer(columns(sequences, points, len(sequences)), dtype=torch.float64).view(-1, 5)
         return choose_on_gpu(scores, sampling.pin_memory().to(scores.device, non_blocking=True))
     chosen = argmax(scores)
@@ -2604,6 +2598,7 @@ class Step:
     points: list[float]  # by which they draw it
     inputs: Any  # the batch as the runner takes it
     overlaps: bool  # the next step can be scheduled, and begin, before anybody reads this one's tokens
+    blocks: dict[Sequence, list[int]]  # where each sequence's tokens go
     computed: outcome.Outcome | None = None  # what waits for the results and returns them
     results: outcome.Outcome | None = None  # each receiver's token, and the scored tokens of prompts
     done: trio.Event = field(default_factory=trio.Event)  # the results are there
@@ -2834,7 +2829,8 @@ class Engine:
         decodes = len(receivers) == len(batch) == sum(batch.values())
         points = draw_points(receivers)
         step = Step(batch, receivers, points, self.runner.lay_out(batch, points),
-                    may_overlap and decodes and self.runner.paged and not any(map(needs_tokens, receivers)))
+                    may_overlap and decodes and self.runner.paged and not any(map(needs_tokens, receivers)),
+                    {seq: self.scheduler.written(seq) for seq in batch})
         for row, seq in enumerate(receivers):
             seq.row = row
         self.thread(functools.partial(self.compute, step, before, trio.lowlevel.current_trio_token().run_sync_soon))
@@ -2860,7 +2856,6 @@ class Engine:
             if self.ahead:
                 self.tell()
             return
-        step.computed = step.results = None  # the error's frames hold the tensors of the step
         await self.retry(step, failure)
 
     async def wait(self, step: Step, ahead: Step | None = None) -> None:
@@ -2874,22 +2869,24 @@ class Engine:
         """Run the halves of a batch that failed, one after the other; a sequence alone has failed."""
         if step.overlaps:
             self.scheduler.take_back(step.batch, step.receivers)
-        if ahead := self.ahead:  # it went on from tokens that there are not
+        if ahead := self.ahead:  # it was to go on from tokens that there are not
             self.ahead = None
             await self.wait(ahead)
             for seq in ahead.batch:
-                self.scheduler.spoil(seq)
+                self.scheduler.spoil(seq, ahead.blocks[seq])
+            ahead.computed = ahead.results = None
+        step.computed = step.results = None  # the error's frames hold the tensors of the step
         batch = list(step.batch)
         for seq in batch:
             seq.cache = None  # it may have gone ahead of the sequence
+            self.scheduler.spoil(seq, step.blocks[seq])
         if len(batch) > 1:
             middle = len(batch) // 2
             for half in (batch[:middle], batch[middle:]):
-                if left := {seq: step.batch[seq] for seq in half if seq.block_table}:  # not preempted for what it shares
+                if left := {seq: step.batch[seq] for seq in half if seq.block_table and not seq.ended}:
                     await self.finish(self.start(left, may_overlap=False))
-        elif batch[0].block_table:
+        elif batch[0].block_table and not batch[0].ended:
             [seq] = batch
-            self.scheduler.spoil(seq)
             seq.error, seq.finish_reason = failure, "error"
             seq.stream.tell(seq)
             nothing = Sequence([0], 1, SamplingParams(), 0, b"", None, 0, block_table=[0])  # in the block that nobody reads
@@ -2903,7 +2900,10 @@ class Engine:
         What the step before brought is told when this one's layers compute: until then, the engine's thread would wait for
         the interpreter until all the requests' tasks are done.
         """
-        step.computed = outcome.capture(self.run_step, step, functools.partial(self.hand_over, before, soon))
+        if before and isinstance(before.computed, outcome.Error):
+            step.computed = before.computed  # there are no tokens to go on from
+        else:
+            step.computed = outcome.capture(self.run_step, step, functools.partial(self.hand_over, before, soon))
         if before and before.results is None:  # this one failed before it came to its layers
             self.hand_over(before, soon)
 
@@ -6414,6 +6414,8 @@ async def last_states(engine: Engine, prompts: list[Prompt]) -> list[Tensor]:
     async with engine.submit(prompts, SamplingParams(max_tokens=0, embed=True)) as stream:
         async for _ in stream:
             pass
+    for error in filter(None, (seq.error for seq in stream.sequences)):
+        raise error
     return [normalise(seq.embedding).cpu() for seq in stream.sequences]
 
 

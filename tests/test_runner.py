@@ -173,12 +173,6 @@ async def test_bfloat16_follows_float32(weights: str, checkpoint: Path) -> None:
     assert clear > 150
 
 
-def test_state_in_modules_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    """Served, one client's prompt would be in another's answer."""
-    with pytest.raises(serve.APIError, match="not kept apart"):
-        load(random_checkpoint("RecurrentGemma", tmp_path, checkpoint))
-
-
 @pytest.mark.parametrize("name", ["Mamba2", "Bart", "Falcon"])
 async def test_preempted_without_paging(name: str, checkpoint: Path, tmp_path: Path) -> None:
     runner = load(random_checkpoint(name, tmp_path, checkpoint))
@@ -209,15 +203,6 @@ async def test_settings_change_no_token(settings: dict, checkpoint: Path, tmp_pa
     prompts = random_prompts()
     got = await answers(runner, prompts, LENGTH, max_batch_tokens=7)
     assert [[token.id for token in tokens] for tokens in got] == [generate(reference, prompt, LENGTH)[0] for prompt in prompts]
-
-
-def test_a_wrong_kernel_does_not_pass_the_self_test(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def skewed(q: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
-        return serve.attention.paged_attention_eager(q, *args, **options) * 1.05
-
-    folder = random_checkpoint("Qwen2", tmp_path, checkpoint)
-    monkeypatch.setattr(serve, "choose_attention", lambda *_: (skewed, "skewed"))
-    assert isinstance(load(folder), serve.SequentialRunner)
 
 
 @pytest.mark.parametrize("kind, problem", [("flash", "flash"), ("triton", "triton")])
@@ -383,14 +368,6 @@ def test_what_cannot_be_captured_runs_without(tiny: Path, monkeypatch: pytest.Mo
         serve.capture_graphs(runner, 4)
         assert runner.graphs == {} and "no CUDA graphs (division by zero)" in caplog.text
         serve.advance(runner, {serve.scratch_sequences(runner, 5)[0]: 5})
-
-
-def test_attention_of_ours_that_fails_its_self_test_on_a_gpu(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(q: torch.Tensor, *args: object, decodes: int, max_seq_len: int, **options: object) -> torch.Tensor:
-        return serve.attention.paged_attention_eager(q, *args, **options) * 1.05
-
-    monkeypatch.setattr(serve, "choose_attention", lambda *_: (wrong, "wrong"))
-    assert load(tiny).attention is serve.attention.paged_attention_sdpa
 
 
 def test_memory_that_a_gpu_has_for_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
