@@ -870,7 +870,12 @@ CHECKPOINT_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py
 
 
 KINDS = {"text": "generates text", "speech": "transcribes speech", "encoder": "embeds texts"}
-PoolingStep = Callable[[Tensor, Tensor], Tensor]  # from hidden states or a vector, and the mask of the tokens
+PoolingStep = Callable[[Tensor, Tensor], Tensor]  # from states [texts, tokens, width], or vectors, and mask [texts, tokens, 1]
+POOLS: dict[str, PoolingStep] = {
+    "cls": lambda states, mask: states[:, 0],
+    "lasttoken": lambda states, mask: states[torch.arange(len(states), device=states.device), mask.sum(1)[:, 0].long() - 1],
+    "mean": lambda states, mask: (states * mask).sum(1) / mask.sum(1),
+}
 
 
 @dataclass(slots=True)
@@ -1162,43 +1167,27 @@ def pooling_steps(folder: Path, network: transformers.PreTrainedModel) -> list[P
     steps: list[PoolingStep] = []
     for module in read_settings(folder / "modules.json"):
         kind, settings = module["type"].rpartition(".")[2], read_settings(folder / module["path"] / "config.json")
-        if kind == "Pooling":  # before its version 5 it wrote a flag for each of the modes
-            flags = [name[13:] for name, on in settings.items() if name.startswith("pooling_mode_") and on]
-            modes = settings.get("pooling_mode") or flags
-            modes = [modes] if isinstance(modes, str) else modes
-            steps.append(functools.partial(pool_states, [re.sub("_tokens?$", "", mode) for mode in modes]))
+        if kind == "Pooling":  # before its version 5 it wrote a flag for each of its modes
+            flags = [re.sub("pooling_mode_|_tokens?$", "", name) for name, on in settings.items() if "mode_" in name and on]
+            mode = settings.get("pooling_mode") or "+".join(flags)
+            if mode not in list(POOLS):
+                raise ValueError(f"its pooling by {mode} is not supported")
+            steps.append(POOLS[mode])
         elif kind == "Dense":
             steps.append(dense_step(folder / module["path"], settings, network))
         elif kind == "Normalize":
             steps.append(normalise)
         elif kind != "Transformer":
             raise ValueError(f"its module {kind} is not supported")
-    return steps or [functools.partial(pool_states, ["mean"]), normalise]
-
-
-def pool_states(modes: list[str], states: Tensor, mask: Tensor) -> Tensor:
-    """Return a vector for each text, of every mode one after the other. states [texts, tokens, width]; mask [texts, tokens, 1].
-
-    As published: https://sbert.net/docs/package_reference/sentence_transformer/modules.html
-    """
-    weights, lengths = mask.cumsum(1) * mask, mask.sum(1)
-    pools = {
-        "cls": lambda: states[:, 0],
-        "lasttoken": lambda: states[torch.arange(len(states), device=states.device), lengths[:, 0].long() - 1],
-        "mean": lambda: (states * mask).sum(1) / lengths,
-        "mean_sqrt_len": lambda: (states * mask).sum(1) / lengths.sqrt(),
-        "weightedmean": lambda: (states * weights).sum(1) / weights.sum(1),
-        "max": lambda: states.masked_fill(mask == 0, -math.inf).amax(1),
-    }
-    return torch.cat([pools[mode]() for mode in modes], dim=-1)
+    return steps or [POOLS["mean"], normalise]
 
 
 def dense_step(folder: Path, settings: dict[str, Any], network: transformers.PreTrainedModel) -> PoolingStep:
     """Return a layer that follows the pooling, with its weights."""
     activation = getattr(torch.nn, settings.get("activation_function", "Tanh").rpartition(".")[2])()
-    weights = safetensors.torch.load_file(folder / "model.safetensors", device=str(network.device))
-    weight, bias = weights["linear.weight"].float(), weights.get("linear.bias")
-    return lambda vectors, _: activation(torch.nn.functional.linear(vectors, weight, bias if bias is None else bias.float()))
+    layer = safetensors.torch.load_file(folder / "model.safetensors", device=str(network.device))
+    layer = {name.removeprefix("linear."): weights.float() for name, weights in layer.items()}
+    return lambda vectors, _: activation(torch.nn.functional.linear(vectors, **layer))
 
 
 def normalise(vectors: Tensor, _: Tensor | None = None) -> Tensor:
@@ -3089,6 +3078,13 @@ class BatchEngine:
             for job in jobs:
                 job.closed = True
 
+    async def results(self, jobs: list[Job]) -> list[Any]:
+        """Queue jobs and return their results, as `follow` does."""
+        async with aclosing(self.follow(jobs)) as news:
+            async for _ in news:
+                pass
+        return [job.result for job in jobs]
+
     async def run(self) -> None:
         """Compute batch after batch, for ever; asleep while nothing waits."""
         while True:
@@ -3335,7 +3331,6 @@ class ModelPool:
             await trio.sleep(min(self.config.model_timeout, 10))
             while self.drop_idle(self.config.model_timeout):
                 pass
-        await trio.sleep_forever()
 
 
 # ── Prompts ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -4077,6 +4072,9 @@ def for_client(error: Exception, where: str) -> APIError:
     """Return what a client may see of an exception; one of ours is logged."""
     if isinstance(error, APIError):
         return error
+    if isinstance(error, HTTPException):  # of Quart's
+        status = 400 if error.code == 408 else error.code  # the SDK would send the body again
+        return APIError(status, error.description, error.name.lower().replace(" ", "_"))
     if isinstance(error, RecursionError):  # what was decoded may be too deep to be written again
         return APIError(400, "The body is nested too deeply.", "invalid_value")
     log.error("%s", where, exc_info=error)
@@ -4085,16 +4083,11 @@ def for_client(error: Exception, where: str) -> APIError:
 
 @app.errorhandler(Exception)
 async def any_error(error: Exception) -> Response:
-    error = for_client(error, f"{request.method} {request.path!r}")
-    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
-    return json_response(error_body(error), error.status, headers.get(error.status))
-
-
-@app.errorhandler(HTTPException)
-async def http_error(error: HTTPException) -> Response:
-    headers = {"Allow": ", ".join(sorted(error.valid_methods))} if getattr(error, "valid_methods", None) else None
-    status = 400 if error.code == 408 else error.code  # the SDK would send the body again
-    return json_response(error_body(APIError(status, error.description, error.name.lower().replace(" ", "_"))), status, headers)
+    known = for_client(error, f"{request.method} {request.path!r}")
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}.get(known.status)
+    if allowed := getattr(error, "valid_methods", None):
+        headers = {"Allow": ", ".join(sorted(allowed))}
+    return json_response(error_body(known), known.status, headers)
 
 
 @app.before_request
@@ -4155,19 +4148,20 @@ async def read_body(kind: type) -> Any:
         raise APIError(400, f"The body is not valid JSON: {error}", "invalid_json") from None
 
 
-def invalid_field(error: msgspec.ValidationError) -> APIError:
-    """Return the error that names the field which msgspec found wrong."""
-    field = re.search(r"required field `(\w+)`", str(error)) or re.search(r"`\$\.?([^`]*)`$", str(error))
-    return APIError(400, str(error), "invalid_value", field and field[1].replace("[...]", "") or None)
-
-
-def converted(value: Any, kind: Any, param: str) -> Any:
+def converted(value: Any, kind: Any, param: str = "", **options: Any) -> Any:
     """Return a part of a body as a struct. Raises APIError 400 with the offending field."""
     try:
-        return msgspec.convert(value, kind)
+        return msgspec.convert(value, kind, **options)
     except msgspec.ValidationError as error:
-        where = re.search(r"`\$(.*)`$", str(error))
-        raise APIError(400, f"{param}: {error}", "invalid_value", param + (where[1] if where else "")) from None
+        raise invalid_field(error, param) from None
+
+
+def invalid_field(error: msgspec.ValidationError, within: str = "") -> APIError:
+    """Return the error that names the field which msgspec found wrong."""
+    where, missing = re.search(r"`\$(.*)`$", str(error)), re.search(r"required field `(\w+)`", str(error))
+    field = (within + where[1] if where else within) or missing and missing[1]
+    message = f"{within}: {error}" if within else str(error)
+    return APIError(400, message, "invalid_value", field and field.replace("[...]", "").removeprefix(".") or None)
 
 
 async def read_prompt(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -5959,8 +5953,8 @@ class Hearing:
     """What a request wants of the model; those that want the same are heard together."""
 
     task: str
-    language: str | None  # one that the model knows
-    prompt: str | None
+    language: str | None  # its token
+    prompt: tuple[int, ...]
     temperature: float
     words: bool
 
@@ -5990,13 +5984,10 @@ async def hear(task: str) -> Response:
     size = MAX_WINDOWS if wanted.words else windows  # words take the attention of every token: not of a batch
     job = Job((transcribe, wanted, windows), sound, size, sound.nbytes)
     engine.check_queue()
-    events = transcript_events(engine, job)
     if body.stream:
-        return event_stream(events, end=b"")
-    async with aclosing(events):
-        async for _ in events:
-            pass
-    return transcript_response(job.result, body)
+        return event_stream(transcript_events(engine, job), end=b"")
+    (transcript,) = await engine.results([job])
+    return transcript_response(transcript, body)
 
 
 async def read_audio_form() -> tuple[AudioRequest, bytes]:
@@ -6012,10 +6003,7 @@ async def read_audio_form() -> tuple[AudioRequest, bytes]:
             values.setdefault(field, []).extend(given)
         elif given:
             values[field] = given[-1]
-    try:
-        body = msgspec.convert(values, AudioRequest, strict=False)
-    except msgspec.ValidationError as error:
-        raise invalid_field(error) from None
+    body = converted(values, AudioRequest, strict=False)
     refuse(body, AUDIO_REFUSED)
     if "file" not in files:
         raise APIError(400, "The form has no file, or cannot be read.", "invalid_value", "file")
@@ -6043,10 +6031,10 @@ def hearing(body: AudioRequest, task: str, model: Model) -> Hearing:
         if condition:
             raise APIError(400, f"This {name} {problem}.", "unsupported_parameter", name)
     try:
-        _ = body.prompt and model.processor.get_prompt_ids(body.prompt)
+        prompt = tuple(model.processor.get_prompt_ids(body.prompt).tolist()) if body.prompt else ()
     except ValueError as error:
         raise APIError(400, f"The prompt is refused: {error}", "invalid_value", "prompt") from None
-    return Hearing(task, f"<|{language}|>" if language and languages else None, body.prompt, body.temperature,
+    return Hearing(task, f"<|{language}|>" if language and languages else None, prompt, body.temperature,
                    "word" in body.timestamp_granularities)
 
 
@@ -6127,9 +6115,9 @@ def transcribe(model: Model, jobs: list[Job], wanted: Hearing, windows: int) -> 
                        truncation=False, padding="longest" if windows > 1 else "max_length")
     features, mask = inputs["input_features"].to(network.device, network.dtype), inputs["attention_mask"].to(network.device)
     languages, options = ["<|en|>"] * len(jobs), {}
-    prompt = model.processor.get_prompt_ids(wanted.prompt, return_tensors="pt") if wanted.prompt else None
-    if prompt is not None:  # its end, as much as the decoder has room for, after the token that says what it is
-        prompt = torch.cat([prompt[:1], prompt[1:][1 - network.config.max_target_positions // 2:]]).to(network.device)
+    prompt, room = None, network.config.max_target_positions // 2 - 1
+    if wanted.prompt:  # its end, after the token that says what it is
+        prompt = torch.tensor([wanted.prompt[0], *wanted.prompt[1:][-room:]], device=network.device)
     listener = Listener(model, jobs)
     with sitting_in(network, listener):
         if hasattr(model.generation, "lang_to_id"):
@@ -6139,24 +6127,13 @@ def transcribe(model: Model, jobs: list[Job], wanted: Hearing, windows: int) -> 
         heard = network.generate(
             features, attention_mask=mask, return_timestamps=True, return_segments=True, prompt_ids=prompt,
             return_token_timestamps=wanted.words, temperature=wanted.temperature, stopping_criteria=[listener],
-            monitor_progress=listener.enter, logits_processor=[listener.weigh], **options)
-    return [transcript(model, job, wanted, language[2:-2], segments, heard_in)
-            for job, language, segments, heard_in in zip(jobs, languages, heard["segments"], listener.windows)]
+            logits_processor=[listener.weigh], **options)
+    return [transcript(model, job, wanted, language[2:-2], segments)
+            for job, language, segments in zip(jobs, languages, heard["segments"])]
 
 
 def audio_usage(seconds: float) -> dict[str, Any]:
     return {"type": "duration", "seconds": math.ceil(seconds)}
-
-
-@dataclass(slots=True)
-class Window:
-    """What is known of a window of one sound."""
-
-    start: float  # seconds
-    no_speech: float = 0.0
-    logprob: float = 0.0  # of all its tokens
-    num_tokens: int = 0
-    ended: bool = False
 
 
 class Listener(transformers.StoppingCriteria):
@@ -6167,98 +6144,78 @@ class Listener(transformers.StoppingCriteria):
 
     def __init__(self, model: Model, jobs: list[Job]) -> None:
         self.model, self.jobs, self.first_time = model, jobs, model.generation.no_timestamps_token_id + 1
-        self.windows: list[list[Window]] = [[] for _ in jobs]
-        self.progress: list[list[int]] = []  # of each job: frames done when this window began, and all
-        self.rows: list[int] = []  # the job of each row of the batch
-        self.shown: list[int] = []  # characters of each row that were told
-        self.tokens: Tensor | None = None  # [rows, tokens] of this window, a prompt before them
-        self.start: int | None = None  # of what is generated
+        self.generate = model.network.generate_with_fallback
 
-    def enter(self, progress: Tensor) -> None:
-        """Begin a window. progress [jobs, 2]: frames done, and all."""
-        for row, i in enumerate(self.rows):
-            done, total = self.progress[i]
-            whole = progress[i, 0] - done >= min(2 * self.model.network.config.max_source_positions, total - done)
-            self.tell(row, bool(whole))
-        self.progress = progress.tolist()
-        self.rows = [i for i, (done, total) in enumerate(self.progress) if done < total]
-        self.shown, self.start = [0] * len(self.rows), None
-        for i in self.rows:
-            self.windows[i].append(Window(self.progress[i][0] / 100))
+    def hear_window(self, **arguments: Any) -> tuple:
+        """Let generate hear the next window of each sound; keep of what it computed no more than a transcript tells."""
+        places, begin = arguments["batch_idx_map"], arguments["decoder_input_ids"][0]
+        self.rows = [self.jobs[i] for i in places]
+        self.start = len(begin)
+        self.silence_at = (begin == self.model.generation.decoder_start_token_id).nonzero()[-1, 0]
+        self.silence: Tensor | None = None  # [rows]
+        self.logprobs: list[Tensor] = []  # of each step [rows]
+        self.told: dict[int, int] = {}  # characters, by row
+        with self.model.network.register_forward_hook(self.hear_silence):
+            sequences, outputs, *rest = self.generate(**arguments)
+        for row, ids in enumerate(sequences):
+            if row not in self.told or (ids[-2:] >= self.first_time).tolist() == [False, True]:
+                self.tell(row, ids)  # nothing of it is heard again
+            outputs[row] = {
+                "token_timestamps": outputs[row]["token_timestamps"] if arguments["return_token_timestamps"] else None,
+                "window": {"seek": int(arguments["seek"][places[row]]), "no_speech_prob": self.silence[row].item(),
+                           "avg_logprob": torch.stack(self.logprobs)[:len(ids) + 1, row].mean().item()}}
+        return sequences, outputs, *rest
 
-    def hear(self, _: torch.nn.Module, __: tuple, inputs: dict[str, Any], output: Any) -> None:
+    def hear_silence(self, _: torch.nn.Module, __: tuple, output: Any) -> None:
         """Take the logits [rows, tokens, vocab] of a window's first step: those after its start tell silence."""
-        if self.rows and self.start is None:
-            begin = (inputs["decoder_input_ids"][0] == self.model.generation.decoder_start_token_id).nonzero()[-1, 0]
-            silence = output.logits[:, begin].float().softmax(-1)[:, self.first_time - 2].tolist()
-            for i, probability in zip(self.rows, silence):
-                self.windows[i][-1].no_speech = probability
+        if self.silence is None:
+            self.silence = output.logits[:, self.silence_at].float().softmax(-1)[:, self.first_time - 2]
 
     def weigh(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Take the scores [rows, vocab] of a step as Whisper's own rules leave them, which is how others weigh them too."""
-        self.logprobs = scores.float().log_softmax(-1)
+        self.scores = scores.float().log_softmax(-1)
         return scores
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         """Take the tokens [rows, tokens] that a step brought to an end; return which rows to end."""
-        self.tokens, chosen = input_ids, input_ids[:, -1:]
-        self.start = input_ids.shape[1] - 1 if self.start is None else self.start
-        for i, id, logprob in zip(self.rows, chosen[:, 0].tolist(), self.logprobs.gather(1, chosen)[:, 0].tolist()):
-            if not (window := self.windows[i][-1]).ended:
-                window.logprob, window.num_tokens = window.logprob + logprob, window.num_tokens + 1
-                window.ended = id in self.model.eos_token_ids
+        self.logprobs.append(self.scores.gather(1, input_ids[:, -1:])[:, 0])
         for row in (input_ids[:, -2:] >= self.first_time).all(1).nonzero()[:, 0].tolist():
-            self.tell(row, False)
+            self.tell(row, input_ids[row, self.start:])
         if all(job.closed for job in self.jobs):
             raise InterruptedError("nobody waits for it any more")
-        return torch.tensor([self.jobs[i].closed for i in self.rows], device=input_ids.device)
+        return torch.tensor([job.closed for job in self.rows], device=input_ids.device)
 
-    def tell(self, row: int, whole: bool) -> None:
-        """Tell the text of a row up to the last pair of times, or all of it."""
-        ids = self.tokens[row, self.start:]
-        if not whole:
-            times = ids >= self.first_time
-            ids = ids[:(times[1:] & times[:-1]).nonzero().amax() + 1] if (times[1:] & times[:-1]).any() else ids[:0]
+    def tell(self, row: int, ids: Tensor) -> None:
+        """Tell what is new in the text of a window."""
         text = self.model.tokenizer.decode(ids, skip_special_tokens=True)
-        if text[self.shown[row]:]:
-            self.jobs[self.rows[row]].tell(text[self.shown[row]:])
-        self.shown[row] = len(text)
+        if new := text[self.told.get(row, 0):]:
+            self.rows[row].tell(new)
+        self.told[row] = len(text)
 
 
 @contextmanager
 def sitting_in(network: transformers.PreTrainedModel, listener: Listener) -> Iterator[None]:
     """Let the listener hear the network; its encoder keeps the last result, since what tells a language is heard next.
 
-    Words want the attention of the decoder alone: generate would have the encoder's too, keep all of it, with the scores, for
-    every window (gigabytes of an hour), and leave the network slower.
+    Words want the attention of the decoder alone: generate would have the encoder's too, and leave the network slower.
     """
     encoder, attention, last = network.get_encoder(), network.config._attn_implementation, []
-    encode, retrieve = encoder.forward, network._retrieve_segment
+    encode = encoder.forward
 
-    def encode_once(features: Tensor | None = None, **inputs: Any) -> Any:
-        features = inputs["input_features"] if features is None else features
-        if not last or not torch.equal(last[0], features):
-            last[:] = features, encode(features)
+    def encode_once(input_features: Tensor, **_: Any) -> Any:
+        if not last or not torch.equal(last[0], input_features):
+            last[:] = input_features, encode(input_features)
         return last[1]
 
-    def retrieve_little(**arguments: Any) -> tuple[list[dict[str, Any]], Any]:
-        segments, offset = retrieve(**arguments)
-        for segment in segments if arguments["return_token_timestamps"] else ():
-            segment["result"] = {"token_timestamps": segment["result"]["token_timestamps"]}
-        return segments, offset
-
-    encoder.forward, network._retrieve_segment = encode_once, retrieve_little
-    hook = network.register_forward_hook(listener.hear, with_kwargs=True)
+    encoder.forward, network.generate_with_fallback = encode_once, listener.hear_window
     try:
         yield
     finally:
-        hook.remove()
-        del encoder.forward, network._retrieve_segment
+        del encoder.forward, network.generate_with_fallback
         network.config._attn_implementation = attention
 
 
-def transcript(model: Model, job: Job, wanted: Hearing, language: str, segments: list[dict[str, Any]],
-               windows: list[Window]) -> dict[str, Any]:
+def transcript(model: Model, job: Job, wanted: Hearing, language: str, segments: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what was heard of a sound as verbose_json has it."""
     from transformers.models.whisper.tokenization_whisper import LANGUAGES, _collate_word_timestamps
 
@@ -6269,11 +6226,9 @@ def transcript(model: Model, job: Job, wanted: Hearing, language: str, segments:
         if not text.strip():
             continue
         start, end = (round(min(float(segment[edge]), duration), 2) for edge in ("start", "end"))
-        window = [window for window in windows if window.start <= float(segment["start"]) + 1e-3][-1]
         shown.append({
-            "id": len(shown), "seek": round(100 * window.start), "start": start, "end": end, "text": text, "tokens": ids,
-            "temperature": wanted.temperature, "avg_logprob": window.logprob / max(1, window.num_tokens),
-            "compression_ratio": len(text.encode()) / len(zlib.compress(text.encode())), "no_speech_prob": window.no_speech})
+            "id": len(shown), "start": start, "end": end, "text": text, "tokens": ids, "temperature": wanted.temperature,
+            "compression_ratio": len(text.encode()) / len(zlib.compress(text.encode())), **segment["result"]["window"]})
         if wanted.words:
             times = [round(min(time, duration), 2) for time in segment["token_timestamps"].tolist()]
             spans = [(id, (times[max(0, k - 1)], times[k])) for k, id in enumerate(ids) if id < min(model.special_ids)]
@@ -6338,11 +6293,7 @@ def written(vector: Tensor, encoding_format: str | None) -> list[float] | str:
 
 async def encoded(engine: BatchEngine, prompts: list[Prompt]) -> list[Tensor]:
     """Return the vectors of an encoder."""
-    jobs = [Job((embed,), prompt.token_ids, len(prompt.token_ids)) for prompt in prompts]
-    async with aclosing(engine.follow(jobs)) as news:
-        async for _ in news:
-            pass
-    return [job.result for job in jobs]
+    return await engine.results([Job((embed,), prompt.token_ids, len(prompt.token_ids)) for prompt in prompts])
 
 
 def embed(model: Model, jobs: list[Job]) -> list[Tensor]:
@@ -6771,19 +6722,20 @@ def end_soon(code: int) -> None:
 async def drain_on_signal(grace_period: float, stop: trio.Event) -> None:
     """At the first SIGINT or SIGTERM refuse new requests and wait for the running ones; at the second do not wait."""
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async for _ in signals:
-            app.draining = True
-            log.info("shutting down: %d requests have %.0f s to finish; a second signal ends them", app.active, grace_period)
-            with trio.move_on_after(grace_period):
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(cancel_after, signals.__anext__, nursery.cancel_scope)
-                    while app.active:
-                        await trio.sleep(0.05)
-                    nursery.cancel_scope.cancel()
-            if app.active:
-                log.warning("%d requests were cut off", app.active)
-            stop.set()
-            end_soon(0)
+        await anext(signals)
+        app.draining = True
+        log.info("shutting down: %d requests have %.0f s to finish; a second signal ends them", app.active, grace_period)
+        with trio.move_on_after(grace_period) as patience:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(cancel_after, signals.__anext__, patience)
+                while app.active:
+                    await trio.sleep(0.05)
+                nursery.cancel_scope.cancel()
+        if app.active:
+            log.warning("%d requests were cut off", app.active)
+        stop.set()
+        end_soon(0)
+        await trio.sleep_forever()  # a third signal changes nothing
 
 
 class LogFormatter(logging.Formatter):
