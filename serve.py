@@ -2991,8 +2991,8 @@ MAX_WINDOWS = 8  # of 30 s of speech in a batch: Whisper's encoder is as fast wi
 async def beside(num_threads: int, function: Callable[[], Any]) -> Any:
     """Run a long computation beside the steps of the engines, when these have time.
 
-    Measured on two cores: a chat's tokens came every 5 ms alone, every 7 beside a transcription, and every 21 beside one of
-    niceness 10 on one thread: who wakes up goes first, at once, only before what is idle.
+    Measured on two cores: a chat's tokens came every 5 ms alone, every 7 beside a transcription, every 21 beside one of
+    niceness 10 and one thread: only what is idle lets others go first at once.
     """
     def work() -> Any:
         torch.set_num_threads(num_threads)
@@ -3013,7 +3013,7 @@ class Job:
     value: Any
     size: int  # in the unit of the engine's budget
     num_bytes: int = 0
-    news: list[str] = field(default_factory=list)  # told while it is computed, and not looked at
+    told: str = ""  # what is certain of the result while it is computed
     result: Any = None
     error: APIError | None = None  # instead of a result
     closed: bool = False  # nobody wants it any more
@@ -3021,9 +3021,12 @@ class Job:
     token: trio.lowlevel.TrioToken = field(default_factory=trio.lowlevel.current_trio_token)
 
     def tell(self, text: str) -> None:
-        """Let the request's task know of news, from the thread that computes."""
-        self.token.run_sync_soon(self.news.append, text)
-        self.token.run_sync_soon(lambda: self.changed.set())
+        """Let the request's task know all that is certain now, from the thread that computes."""
+        def change() -> None:
+            self.told = text
+            self.changed.set()
+
+        self.token.run_sync_soon(change)
 
 
 class BatchEngine:
@@ -3056,7 +3059,7 @@ class BatchEngine:
             raise APIError(429, f"{len(self.waiting)} inputs are waiting: try again later.", "queue_full")
 
     async def follow(self, jobs: list[Job]) -> AsyncIterator[str]:
-        """Queue jobs and yield what is told of them until each has its result; closing this withdraws them.
+        """Queue jobs and yield what more is told of them until each has its result; closing this withdraws them.
 
         Raises APIError for the first that has none.
         """
@@ -3065,9 +3068,11 @@ class BatchEngine:
         self.work.set()
         try:
             for job in jobs:
-                while job.news or job.result is job.error is None:
-                    if job.news:
-                        yield job.news.pop(0)
+                length = 0  # of what was yielded: a job that is tried again tells it again
+                while (new := job.told[length:]) or job.result is job.error is None:
+                    if new:
+                        length += len(new)
+                        yield new
                     else:
                         job.changed = trio.Event()
                         await job.changed.wait()
@@ -3105,8 +3110,8 @@ class BatchEngine:
             if batch and (len(batch) + 1) * max(other.size for other in (job, *batch)) > self.budget:
                 break
             batch.append(job)
-        taken = set(map(id, batch))
-        self.waiting = [job for job in self.waiting if id(job) not in taken]
+        taken = set(batch)
+        self.waiting = [job for job in self.waiting if job not in taken]
         return batch
 
     async def compute(self, jobs: list[Job]) -> None:
@@ -6070,9 +6075,9 @@ async def transcript_events(engine: BatchEngine, job: Job) -> AsyncIterator[dict
     told = ""
     async with aclosing(engine.follow([job])) as pieces:
         async for text in pieces:
-            text = text if told else text.lstrip()
-            told += text
-            yield {"type": "transcript.text.delta", "delta": text}
+            if text := text if told else text.lstrip():
+                told += text
+                yield {"type": "transcript.text.delta", "delta": text}
     transcript = job.result
     if transcript["text"].startswith(told) and (rest := transcript["text"][len(told):]):
         yield {"type": "transcript.text.delta", "delta": rest}
@@ -6093,9 +6098,8 @@ def transcript_response(transcript: dict[str, Any], body: AudioRequest) -> Respo
 def subtitles(transcript: dict[str, Any], kind: str) -> str:
     """Return the segments as SubRip or WebVTT."""
     def clock(seconds: float) -> str:
-        minutes, milliseconds = divmod(round(1000 * seconds), 60_000)
-        text = f"{minutes // 60:02}:{minutes % 60:02}:{milliseconds // 1000:02}.{milliseconds % 1000:03}"
-        return text if kind == "vtt" else text.replace(".", ",")
+        whole, milliseconds = divmod(round(1000 * seconds), 1000)
+        return time.strftime("%H:%M:%S", time.gmtime(whole)) + (".", ",")[kind == "srt"] + f"{milliseconds:03}"
 
     cues = [f"{clock(segment['start'])} --> {clock(segment['end'])}\n{segment['text'].strip().replace('-->', '->')}\n\n"
             for segment in transcript["segments"]]
@@ -6145,16 +6149,16 @@ class Listener(transformers.StoppingCriteria):
     def __init__(self, model: Model, jobs: list[Job]) -> None:
         self.model, self.jobs, self.first_time = model, jobs, model.generation.no_timestamps_token_id + 1
         self.generate = model.network.generate_with_fallback
+        self.texts = [""] * len(jobs)  # of the windows before
 
     def hear_window(self, **arguments: Any) -> tuple:
         """Let generate hear the next window of each sound; keep of what it computed no more than a transcript tells."""
-        places, begin = arguments["batch_idx_map"], arguments["decoder_input_ids"][0]
-        self.rows = [self.jobs[i] for i in places]
+        self.places, begin = arguments["batch_idx_map"], arguments["decoder_input_ids"][0]  # of each row its job's place
         self.start = len(begin)
         self.silence_at = (begin == self.model.generation.decoder_start_token_id).nonzero()[-1, 0]
         self.silence: Tensor | None = None  # [rows]
         self.logprobs: list[Tensor] = []  # of each step [rows]
-        self.told: dict[int, int] = {}  # characters, by row
+        self.told: dict[int, str] = {}  # of this window, by row
         with self.model.network.register_forward_hook(self.hear_silence):
             sequences, outputs, *rest = self.generate(**arguments)
         for row, ids in enumerate(sequences):
@@ -6162,8 +6166,9 @@ class Listener(transformers.StoppingCriteria):
                 self.tell(row, ids)  # nothing of it is heard again
             outputs[row] = {
                 "token_timestamps": outputs[row]["token_timestamps"] if arguments["return_token_timestamps"] else None,
-                "window": {"seek": int(arguments["seek"][places[row]]), "no_speech_prob": self.silence[row].item(),
+                "window": {"seek": int(arguments["seek"][self.places[row]]), "no_speech_prob": self.silence[row].item(),
                            "avg_logprob": torch.stack(self.logprobs)[:len(ids) + 1, row].mean().item()}}
+            self.texts[self.places[row]] += self.told[row]
         return sequences, outputs, *rest
 
     def hear_silence(self, _: torch.nn.Module, __: tuple, output: Any) -> None:
@@ -6183,14 +6188,13 @@ class Listener(transformers.StoppingCriteria):
             self.tell(row, input_ids[row, self.start:])
         if all(job.closed for job in self.jobs):
             raise InterruptedError("nobody waits for it any more")
-        return torch.tensor([job.closed for job in self.rows], device=input_ids.device)
+        return torch.tensor([self.jobs[i].closed for i in self.places], device=input_ids.device)
 
     def tell(self, row: int, ids: Tensor) -> None:
-        """Tell what is new in the text of a window."""
-        text = self.model.tokenizer.decode(ids, skip_special_tokens=True)
-        if new := text[self.told.get(row, 0):]:
-            self.rows[row].tell(new)
-        self.told[row] = len(text)
+        """Tell the text of a window, after that of the windows before."""
+        self.told[row] = self.model.tokenizer.decode(ids, skip_special_tokens=True)
+        place = self.places[row]
+        self.jobs[place].tell(self.texts[place] + self.told[row])
 
 
 @contextmanager
@@ -6448,14 +6452,12 @@ async def openapi() -> Response:
 @app.get("/docs")
 async def docs() -> Response:
     """Describe every endpoint to people."""
-    found, parts = description(), ["<!DOCTYPE html><meta charset=utf-8><title>serve.py</title><h1>serve.py</h1>"]
-    for path, methods in sorted(found["paths"].items()):
-        for method, about in methods.items():
-            text = about["summary"] + " " + json.dumps(about.get("requestBody", {}).get("content", ""))
-            parts.append(f"<h2>{method.upper()} {html.escape(path)}</h2><p>{html.escape(text)}</p>")
-    parts.append(f"<pre>{html.escape(json.dumps(found['components']['schemas'], indent=1))}</pre>")
-    return Response("\n".join(parts), content_type="text/html; charset=utf-8",
-                    headers={"Content-Security-Policy": "default-src 'none'"})
+    found = description()
+    endpoints = [f"{method.upper():7}{path:30}{about['summary']}" for path, methods in sorted(found["paths"].items())
+                 for method, about in methods.items()]
+    text = html.escape("\n".join([*endpoints, "", json.dumps(found, indent=1)]))
+    return Response(f"<!DOCTYPE html><meta charset=utf-8><title>serve.py</title><h1>serve.py</h1><pre>{text}</pre>",
+                    content_type="text/html; charset=utf-8", headers={"Content-Security-Policy": "default-src 'none'"})
 
 
 @app.post("/reset")
@@ -6640,8 +6642,8 @@ async def chat_page() -> Response:
 # Opens the port, then loads the models; the engines and hypercorn are siblings in one nursery, which signals end.
 
 
-async def serve(config: Config, listener: socket.socket, stop: trio.Event) -> int:
-    """Serve until `stop` is set; return the exit code."""
+async def serve(config: Config, listener: socket.socket, stop: trio.Event | None = None) -> int:
+    """Serve until `stop` is set, or else until a signal; return the exit code."""
     http = hypercorn.config.Config()
     http.bind = [f"fd://{listener.fileno()}"]
     http.certfile, http.keyfile = config.certfile, config.keyfile
@@ -6651,6 +6653,9 @@ async def serve(config: Config, listener: socket.socket, stop: trio.Event) -> in
     app.config["MAX_CONTENT_LENGTH"] = int(config.max_body_size)
     code = 0
     async with trio.open_nursery() as nursery:
+        if stop is None:
+            stop = trio.Event()
+            nursery.start_soon(drain_on_signal, config.grace_period, stop)
         app.models = ModelPool(config, nursery)
         app.tool_servers = {label: ToolServer(label, settings) for label, settings in (config.mcp_config or {}).items()}
         app.remote_servers = {}
@@ -6677,15 +6682,6 @@ async def serve(config: Config, listener: socket.socket, stop: trio.Event) -> in
     return code
 
 
-async def serve_until_signal(config: Config, listener: socket.socket) -> int:
-    stop = trio.Event()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(drain_on_signal, config.grace_period, stop)
-        code = await serve(config, listener, stop)
-        nursery.cancel_scope.cancel()
-    return code
-
-
 async def cancel_after(wait: Callable[[], Any], scope: trio.CancelScope) -> None:
     await wait()
     scope.cancel()
@@ -6694,11 +6690,11 @@ async def cancel_after(wait: Callable[[], Any], scope: trio.CancelScope) -> None
 def end(code: int) -> None:
     """End the process at once, and those that it has started: a download, a compiler, a server of tools."""
     children = psutil.Process().children(recursive=True)
-    for child in children:
-        with suppress(psutil.NoSuchProcess):
-            child.terminate()
-    for child in psutil.wait_procs(children, 0.5)[1]:
-        child.kill()
+    for stop in (psutil.Process.terminate, psutil.Process.kill):
+        for child in children:
+            with suppress(psutil.NoSuchProcess):
+                stop(child)
+        children = psutil.wait_procs(children, 0.5)[1]
     logging.shutdown()
     os._exit(code)  # a thread amid a load would be torn down with the interpreter, and abort the process
 
@@ -6772,7 +6768,7 @@ def main(argv: list[str]) -> int:
         print(f"serve.py: cannot listen on {config.host}:{config.port}: {error}", file=sys.stderr)
         return 2
     try:
-        return trio.run(serve_until_signal, config, listener)
+        return trio.run(serve, config, listener)
     except Exception:  # an engine cannot go on: whoever supervises the process starts another
         log.critical("the server has crashed", exc_info=True)
         return 1
