@@ -6019,16 +6019,16 @@ def hearing(body: AudioRequest, task: str, model: Model) -> Hearing:
     """Return what is wanted of a model. Raises APIError 400 for what it cannot do."""
     from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
-    languages, times = getattr(model.generation, "lang_to_id", {}), body.response_format in ("srt", "vtt", "verbose_json")
+    languages, timed = getattr(model.generation, "lang_to_id", {}), is_timed(model)
+    times = body.response_format in ("srt", "vtt", "verbose_json")
     language = body.language and TO_LANGUAGE_CODE.get(body.language.lower(), body.language.lower())
-    known = f"<|{language}|>" in languages if languages else language == "en" and is_timed(model)
+    known = f"<|{language}|>" in languages if languages else language == "en" and timed
     refused = [
-        ("response_format", times and body.stream, "is not supported in a stream: there it is json or text"),
-        ("response_format", times and not is_timed(model), "is not supported by this model, which gives no times"),
+        ("response_format", times and (body.stream or not timed), "has times, which no stream and not every model gives"),
         ("timestamp_granularities", body.timestamp_granularities and body.response_format != "verbose_json",
          "needs response_format: verbose_json"),
-        ("prompt", body.prompt and not is_timed(model), "is not supported by this model"),
-        ("temperature", body.temperature and not is_timed(model), "is not supported by this model"),
+        ("prompt", body.prompt and not timed, "is not supported by this model"),
+        ("temperature", body.temperature and not timed, "is not supported by this model"),
         ("language", language and not known, "is none that this model knows"),
         ("model", task == "translate" and not languages, "does not translate"),
     ]
