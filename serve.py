@@ -3082,6 +3082,7 @@ class BatchEngine:
             self.last_used = time.monotonic()
             for job in jobs:
                 job.closed = True
+            self.waiting = [job for job in self.waiting if not job.closed]
 
     async def results(self, jobs: list[Job]) -> list[Any]:
         """Queue jobs and return their results, as `follow` does."""
@@ -3094,7 +3095,6 @@ class BatchEngine:
         """Compute batch after batch, for ever; asleep while nothing waits."""
         while True:
             self.work = trio.Event()
-            self.waiting = [job for job in self.waiting if not job.closed]
             if not self.waiting:
                 await self.work.wait()
             else:
@@ -3104,10 +3104,11 @@ class BatchEngine:
 
     def take(self) -> list[Job]:
         """Take from the queue the oldest job, and of those with its key the ones nearest to it in size, while they fit."""
-        oldest, batch = self.waiting[0], []
+        oldest, batch, largest = self.waiting[0], [], 0
         alike = [job for job in self.waiting if job.key == oldest.key]
         for job in sorted(alike, key=lambda job: abs(job.size - oldest.size)):
-            if batch and (len(batch) + 1) * max(other.size for other in (job, *batch)) > self.budget:
+            largest = max(largest, job.size)
+            if batch and (len(batch) + 1) * largest > self.budget:
                 break
             batch.append(job)
         taken = set(batch)

@@ -43,6 +43,7 @@ async def test_jobs_of_one_key_and_like_sizes_are_computed_together(autojump_clo
     async with trio.open_nursery() as nursery:
         with trio.move_on_after(0):  # who leaves before its turn is not computed
             await follow(left)
+        assert engine.idle
         nursery.start_soon(engine.run)
         async with trio.open_nursery() as clients:
             for job in (*jobs, other):
