@@ -6162,13 +6162,14 @@ class Listener(transformers.StoppingCriteria):
         self.told: dict[int, str] = {}  # of this window, by row
         with self.model.network.register_forward_hook(self.hear_silence):
             sequences, outputs, *rest = self.generate(**arguments)
+        logprobs = torch.stack(self.logprobs)
         for row, ids in enumerate(sequences):
             if row not in self.told or (ids[-2:] >= self.first_time).tolist() == [False, True]:
                 self.tell(row, ids)  # nothing of it is heard again
             outputs[row] = {
                 "token_timestamps": outputs[row]["token_timestamps"] if arguments["return_token_timestamps"] else None,
                 "window": {"seek": int(arguments["seek"][self.places[row]]), "no_speech_prob": self.silence[row].item(),
-                           "avg_logprob": torch.stack(self.logprobs)[:len(ids) + 1, row].mean().item()}}
+                           "avg_logprob": logprobs[:len(ids) + 1, row].mean().item()}}
             self.texts[self.places[row]] += self.told[row]
         return sequences, outputs, *rest
 
