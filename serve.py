@@ -880,7 +880,12 @@ IGNORED_GENERATION_SETTINGS = ["no_repeat_ngram_size", "bad_words_ids", "suppres
 CODES = "weights.codes"  # beside a converted checkpoint: what GGUF left of its weights, as safetensors
 CHECKPOINT_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
 KINDS = {"text": "generates text", "speech": "transcribes speech", "encoder": "embeds texts"}
-PoolingStep = Callable[[Tensor, Tensor], Tensor]  # from hidden states or a vector, and the mask of the tokens
+PoolingStep = Callable[[Tensor, Tensor], Tensor]  # from states [texts, tokens, width], or vectors, and mask [texts, tokens, 1]
+POOLS: dict[str, PoolingStep] = {
+    "cls": lambda states, mask: states[:, 0],
+    "lasttoken": lambda states, mask: states[torch.arange(len(states), device=states.device), mask.sum(1)[:, 0].long() - 1],
+    "mean": lambda states, mask: (states * mask).sum(1) / mask.sum(1),
+}
 
 
 @dataclass(slots=True)
@@ -1172,43 +1177,27 @@ def pooling_steps(folder: Path, network: transformers.PreTrainedModel) -> list[P
     steps: list[PoolingStep] = []
     for module in read_settings(folder / "modules.json"):
         kind, settings = module["type"].rpartition(".")[2], read_settings(folder / module["path"] / "config.json")
-        if kind == "Pooling":  # before its version 5 it wrote a flag for each of the modes
-            flags = [name[13:] for name, on in settings.items() if name.startswith("pooling_mode_") and on]
-            modes = settings.get("pooling_mode") or flags
-            modes = [modes] if isinstance(modes, str) else modes
-            steps.append(functools.partial(pool_states, [re.sub("_tokens?$", "", mode) for mode in modes]))
+        if kind == "Pooling":  # before its version 5 it wrote a flag for each of its modes
+            flags = [re.sub("pooling_mode_|_tokens?$", "", name) for name, on in settings.items() if "mode_" in name and on]
+            mode = settings.get("pooling_mode") or "+".join(flags)
+            if mode not in list(POOLS):
+                raise ValueError(f"its pooling by {mode} is not supported")
+            steps.append(POOLS[mode])
         elif kind == "Dense":
             steps.append(dense_step(folder / module["path"], settings, network))
         elif kind == "Normalize":
             steps.append(normalise)
         elif kind != "Transformer":
             raise ValueError(f"its module {kind} is not supported")
-    return steps or [functools.partial(pool_states, ["mean"]), normalise]
-
-
-def pool_states(modes: list[str], states: Tensor, mask: Tensor) -> Tensor:
-    """Return a vector for each text, of every mode one after the other. states [texts, tokens, width]; mask [texts, tokens, 1].
-
-    As published: https://sbert.net/docs/package_reference/sentence_transformer/modules.html
-    """
-    weights, lengths = mask.cumsum(1) * mask, mask.sum(1)
-    pools = {
-        "cls": lambda: states[:, 0],
-        "lasttoken": lambda: states[torch.arange(len(states), device=states.device), lengths[:, 0].long() - 1],
-        "mean": lambda: (states * mask).sum(1) / lengths,
-        "mean_sqrt_len": lambda: (states * mask).sum(1) / lengths.sqrt(),
-        "weightedmean": lambda: (states * weights).sum(1) / weights.sum(1),
-        "max": lambda: states.masked_fill(mask == 0, -math.inf).amax(1),
-    }
-    return torch.cat([pools[mode]() for mode in modes], dim=-1)
+    return steps or [POOLS["mean"], normalise]
 
 
 def dense_step(folder: Path, settings: dict[str, Any], network: transformers.PreTrainedModel) -> PoolingStep:
     """Return a layer that follows the pooling, with its weights."""
     activation = getattr(torch.nn, settings.get("activation_function", "Tanh").rpartition(".")[2])()
-    weights = safetensors.torch.load_file(folder / "model.safetensors", device=str(network.device))
-    weight, bias = weights["linear.weight"].float(), weights.get("linear.bias")
-    return lambda vectors, _: activation(torch.nn.functional.linear(vectors, weight, bias if bias is None else bias.float()))
+    layer = safetensors.torch.load_file(folder / "model.safetensors", device=str(network.device))
+    layer = {name.removeprefix("linear."): weights.float() for name, weights in layer.items()}
+    return lambda vectors, _: activation(torch.nn.functional.linear(vectors, **layer))
 
 
 def normalise(vectors: Tensor, _: Tensor | None = None) -> Tensor:
@@ -3038,8 +3027,8 @@ MAX_WINDOWS = 8  # of 30 s of speech in a batch: Whisper's encoder is as fast wi
 async def beside(num_threads: int, function: Callable[[], Any]) -> Any:
     """Run a long computation beside the steps of the engines, when these have time.
 
-    Measured on two cores: a chat's tokens came every 5 ms alone, every 7 beside a transcription, and every 21 beside one of
-    niceness 10 on one thread: who wakes up goes first, at once, only before what is idle.
+    Measured on two cores: a chat's tokens came every 5 ms alone, every 7 beside a transcription, every 21 beside one of
+    niceness 10 and one thread: only what is idle lets others go first at once.
     """
     def work() -> Any:
         torch.set_num_threads(num_threads)
@@ -3060,7 +3049,7 @@ class Job:
     value: Any
     size: int  # in the unit of the engine's budget
     num_bytes: int = 0
-    news: list[str] = field(default_factory=list)  # told while it is computed, and not looked at
+    told: str = ""  # what is certain of the result while it is computed
     result: Any = None
     error: APIError | None = None  # instead of a result
     closed: bool = False  # nobody wants it any more
@@ -3068,9 +3057,12 @@ class Job:
     token: trio.lowlevel.TrioToken = field(default_factory=trio.lowlevel.current_trio_token)
 
     def tell(self, text: str) -> None:
-        """Let the request's task know of news, from the thread that computes."""
-        self.token.run_sync_soon(self.news.append, text)
-        self.token.run_sync_soon(lambda: self.changed.set())
+        """Let the request's task know all that is certain now, from the thread that computes."""
+        def change() -> None:
+            self.told = text
+            self.changed.set()
+
+        self.token.run_sync_soon(change)
 
 
 class BatchEngine:
@@ -3103,7 +3095,7 @@ class BatchEngine:
             raise APIError(429, f"{len(self.waiting)} inputs are waiting: try again later.", "queue_full")
 
     async def follow(self, jobs: list[Job]) -> AsyncIterator[str]:
-        """Queue jobs and yield what is told of them until each has its result; closing this withdraws them.
+        """Queue jobs and yield what more is told of them until each has its result; closing this withdraws them.
 
         Raises APIError for the first that has none.
         """
@@ -3112,9 +3104,11 @@ class BatchEngine:
         self.work.set()
         try:
             for job in jobs:
-                while job.news or job.result is job.error is None:
-                    if job.news:
-                        yield job.news.pop(0)
+                length = 0  # of what was yielded: a job that is tried again tells it again
+                while (new := job.told[length:]) or job.result is job.error is None:
+                    if new:
+                        length += len(new)
+                        yield new
                     else:
                         job.changed = trio.Event()
                         await job.changed.wait()
@@ -3124,12 +3118,19 @@ class BatchEngine:
             self.last_used = time.monotonic()
             for job in jobs:
                 job.closed = True
+            self.waiting = [job for job in self.waiting if not job.closed]
+
+    async def results(self, jobs: list[Job]) -> list[Any]:
+        """Queue jobs and return their results, as `follow` does."""
+        async with aclosing(self.follow(jobs)) as news:
+            async for _ in news:
+                pass
+        return [job.result for job in jobs]
 
     async def run(self) -> None:
         """Compute batch after batch, for ever; asleep while nothing waits."""
         while True:
             self.work = trio.Event()
-            self.waiting = [job for job in self.waiting if not job.closed]
             if not self.waiting:
                 await self.work.wait()
             else:
@@ -3139,14 +3140,15 @@ class BatchEngine:
 
     def take(self) -> list[Job]:
         """Take from the queue the oldest job, and of those with its key the ones nearest to it in size, while they fit."""
-        oldest, batch = self.waiting[0], []
+        oldest, batch, largest = self.waiting[0], [], 0
         alike = [job for job in self.waiting if job.key == oldest.key]
         for job in sorted(alike, key=lambda job: abs(job.size - oldest.size)):
-            if batch and (len(batch) + 1) * max(other.size for other in (job, *batch)) > self.budget:
+            largest = max(largest, job.size)
+            if batch and (len(batch) + 1) * largest > self.budget:
                 break
             batch.append(job)
-        taken = set(map(id, batch))
-        self.waiting = [job for job in self.waiting if id(job) not in taken]
+        taken = set(batch)
+        self.waiting = [job for job in self.waiting if job not in taken]
         return batch
 
     async def compute(self, jobs: list[Job]) -> None:
@@ -3371,7 +3373,6 @@ class ModelPool:
             await trio.sleep(min(self.config.model_timeout, 10))
             while self.drop_idle(self.config.model_timeout):
                 pass
-        await trio.sleep_forever()
 
 
 # ── Prompts ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -4152,6 +4153,9 @@ def for_client(error: Exception, where: str) -> APIError:
     """Return what a client may see of an exception; one of ours is logged."""
     if isinstance(error, APIError):
         return error
+    if isinstance(error, HTTPException):  # of Quart's
+        status = 400 if error.code == 408 else error.code  # the SDK would send the body again
+        return APIError(status, error.description, error.name.lower().replace(" ", "_"))
     if isinstance(error, RecursionError):  # what was decoded may be too deep to be written again
         return APIError(400, "The body is nested too deeply.", "invalid_value")
     log.error("%s", where, exc_info=error)
@@ -4160,16 +4164,11 @@ def for_client(error: Exception, where: str) -> APIError:
 
 @app.errorhandler(Exception)
 async def any_error(error: Exception) -> Response:
-    error = for_client(error, f"{request.method} {request.path!r}")
-    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
-    return json_response(error_body(error), error.status, headers.get(error.status))
-
-
-@app.errorhandler(HTTPException)
-async def http_error(error: HTTPException) -> Response:
-    headers = {"Allow": ", ".join(sorted(error.valid_methods))} if getattr(error, "valid_methods", None) else None
-    status = 400 if error.code == 408 else error.code  # the SDK would send the body again
-    return json_response(error_body(APIError(status, error.description, error.name.lower().replace(" ", "_"))), status, headers)
+    known = for_client(error, f"{request.method} {request.path!r}")
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}.get(known.status)
+    if allowed := getattr(error, "valid_methods", None):
+        headers = {"Allow": ", ".join(sorted(allowed))}
+    return json_response(error_body(known), known.status, headers)
 
 
 @app.before_request
@@ -4230,19 +4229,20 @@ async def read_body(kind: type) -> Any:
         raise APIError(400, f"The body is not valid JSON: {error}", "invalid_json") from None
 
 
-def invalid_field(error: msgspec.ValidationError) -> APIError:
-    """Return the error that names the field which msgspec found wrong."""
-    field = re.search(r"required field `(\w+)`", str(error)) or re.search(r"`\$\.?([^`]*)`$", str(error))
-    return APIError(400, str(error), "invalid_value", field and field[1].replace("[...]", "") or None)
-
-
-def converted(value: Any, kind: Any, param: str) -> Any:
+def converted(value: Any, kind: Any, param: str = "", **options: Any) -> Any:
     """Return a part of a body as a struct. Raises APIError 400 with the offending field."""
     try:
-        return msgspec.convert(value, kind)
+        return msgspec.convert(value, kind, **options)
     except msgspec.ValidationError as error:
-        where = re.search(r"`\$(.*)`$", str(error))
-        raise APIError(400, f"{param}: {error}", "invalid_value", param + (where[1] if where else "")) from None
+        raise invalid_field(error, param) from None
+
+
+def invalid_field(error: msgspec.ValidationError, within: str = "") -> APIError:
+    """Return the error that names the field which msgspec found wrong."""
+    where, missing = re.search(r"`\$(.*)`$", str(error)), re.search(r"required field `(\w+)`", str(error))
+    field = (within + where[1] if where else within) or missing and missing[1]
+    message = f"{within}: {error}" if within else str(error)
+    return APIError(400, message, "invalid_value", field and field.replace("[...]", "").removeprefix(".") or None)
 
 
 async def read_prompt(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -6031,8 +6031,8 @@ class Hearing:
     """What a request wants of the model; those that want the same are heard together."""
 
     task: str
-    language: str | None  # one that the model knows
-    prompt: str | None
+    language: str | None  # its token
+    prompt: tuple[int, ...]
     temperature: float
     words: bool
 
@@ -6062,13 +6062,10 @@ async def hear(task: str) -> Response:
     size = MAX_WINDOWS if wanted.words else windows  # words take the attention of every token: not of a batch
     job = Job((transcribe, wanted, windows), sound, size, sound.nbytes)
     engine.check_queue()
-    events = transcript_events(engine, job)
     if body.stream:
-        return event_stream(events, end=b"")
-    async with aclosing(events):
-        async for _ in events:
-            pass
-    return transcript_response(job.result, body)
+        return event_stream(transcript_events(engine, job), end=b"")
+    (transcript,) = await engine.results([job])
+    return transcript_response(transcript, body)
 
 
 async def read_audio_form() -> tuple[AudioRequest, bytes]:
@@ -6084,10 +6081,7 @@ async def read_audio_form() -> tuple[AudioRequest, bytes]:
             values.setdefault(field, []).extend(given)
         elif given:
             values[field] = given[-1]
-    try:
-        body = msgspec.convert(values, AudioRequest, strict=False)
-    except msgspec.ValidationError as error:
-        raise invalid_field(error) from None
+    body = converted(values, AudioRequest, strict=False)
     refuse(body, AUDIO_REFUSED)
     if "file" not in files:
         raise APIError(400, "The form has no file, or cannot be read.", "invalid_value", "file")
@@ -6098,16 +6092,16 @@ def hearing(body: AudioRequest, task: str, model: Model) -> Hearing:
     """Return what is wanted of a model. Raises APIError 400 for what it cannot do."""
     from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
-    languages, times = getattr(model.generation, "lang_to_id", {}), body.response_format in ("srt", "vtt", "verbose_json")
+    languages, timed = getattr(model.generation, "lang_to_id", {}), is_timed(model)
+    times = body.response_format in ("srt", "vtt", "verbose_json")
     language = body.language and TO_LANGUAGE_CODE.get(body.language.lower(), body.language.lower())
-    known = f"<|{language}|>" in languages if languages else language == "en" and is_timed(model)
+    known = f"<|{language}|>" in languages if languages else language == "en" and timed
     refused = [
-        ("response_format", times and body.stream, "is not supported in a stream: there it is json or text"),
-        ("response_format", times and not is_timed(model), "is not supported by this model, which gives no times"),
+        ("response_format", times and (body.stream or not timed), "has times, which no stream and not every model gives"),
         ("timestamp_granularities", body.timestamp_granularities and body.response_format != "verbose_json",
          "needs response_format: verbose_json"),
-        ("prompt", body.prompt and not is_timed(model), "is not supported by this model"),
-        ("temperature", body.temperature and not is_timed(model), "is not supported by this model"),
+        ("prompt", body.prompt and not timed, "is not supported by this model"),
+        ("temperature", body.temperature and not timed, "is not supported by this model"),
         ("language", language and not known, "is none that this model knows"),
         ("model", task == "translate" and not languages, "does not translate"),
     ]
@@ -6115,10 +6109,10 @@ def hearing(body: AudioRequest, task: str, model: Model) -> Hearing:
         if condition:
             raise APIError(400, f"This {name} {problem}.", "unsupported_parameter", name)
     try:
-        _ = body.prompt and model.processor.get_prompt_ids(body.prompt)
+        prompt = tuple(model.processor.get_prompt_ids(body.prompt).tolist()) if body.prompt else ()
     except ValueError as error:
         raise APIError(400, f"The prompt is refused: {error}", "invalid_value", "prompt") from None
-    return Hearing(task, f"<|{language}|>" if language and languages else None, body.prompt, body.temperature,
+    return Hearing(task, f"<|{language}|>" if language and languages else None, prompt, body.temperature,
                    "word" in body.timestamp_granularities)
 
 
@@ -6132,9 +6126,9 @@ async def transcript_events(engine: BatchEngine, job: Job) -> AsyncIterator[dict
     told = ""
     async with aclosing(engine.follow([job])) as pieces:
         async for text in pieces:
-            text = text if told else text.lstrip()
-            told += text
-            yield {"type": "transcript.text.delta", "delta": text}
+            if text := text if told else text.lstrip():
+                told += text
+                yield {"type": "transcript.text.delta", "delta": text}
     transcript = job.result
     if transcript["text"].startswith(told) and (rest := transcript["text"][len(told):]):
         yield {"type": "transcript.text.delta", "delta": rest}
@@ -6155,9 +6149,8 @@ def transcript_response(transcript: dict[str, Any], body: AudioRequest) -> Respo
 def subtitles(transcript: dict[str, Any], kind: str) -> str:
     """Return the segments as SubRip or WebVTT."""
     def clock(seconds: float) -> str:
-        minutes, milliseconds = divmod(round(1000 * seconds), 60_000)
-        text = f"{minutes // 60:02}:{minutes % 60:02}:{milliseconds // 1000:02}.{milliseconds % 1000:03}"
-        return text if kind == "vtt" else text.replace(".", ",")
+        whole, milliseconds = divmod(round(1000 * seconds), 1000)
+        return time.strftime("%H:%M:%S", time.gmtime(whole)) + (".", ",")[kind == "srt"] + f"{milliseconds:03}"
 
     cues = [f"{clock(segment['start'])} --> {clock(segment['end'])}\n{segment['text'].strip().replace('-->', '->')}\n\n"
             for segment in transcript["segments"]]
@@ -6177,9 +6170,9 @@ def transcribe(model: Model, jobs: list[Job], wanted: Hearing, windows: int) -> 
                        truncation=False, padding="longest" if windows > 1 else "max_length")
     features, mask = inputs["input_features"].to(network.device, network.dtype), inputs["attention_mask"].to(network.device)
     languages, options = ["<|en|>"] * len(jobs), {}
-    prompt = model.processor.get_prompt_ids(wanted.prompt, return_tensors="pt") if wanted.prompt else None
-    if prompt is not None:  # its end, as much as the decoder has room for, after the token that says what it is
-        prompt = torch.cat([prompt[:1], prompt[1:][1 - network.config.max_target_positions // 2:]]).to(network.device)
+    prompt, room = None, network.config.max_target_positions // 2 - 1
+    if wanted.prompt:  # its end, after the token that says what it is
+        prompt = torch.tensor([wanted.prompt[0], *wanted.prompt[1:][-room:]], device=network.device)
     listener = Listener(model, jobs)
     with sitting_in(network, listener):
         if hasattr(model.generation, "lang_to_id"):
@@ -6189,24 +6182,13 @@ def transcribe(model: Model, jobs: list[Job], wanted: Hearing, windows: int) -> 
         heard = network.generate(
             features, attention_mask=mask, return_timestamps=True, return_segments=True, prompt_ids=prompt,
             return_token_timestamps=wanted.words, temperature=wanted.temperature, stopping_criteria=[listener],
-            monitor_progress=listener.enter, logits_processor=[listener.weigh], **options)
-    return [transcript(model, job, wanted, language[2:-2], segments, heard_in)
-            for job, language, segments, heard_in in zip(jobs, languages, heard["segments"], listener.windows)]
+            logits_processor=[listener.weigh], **options)
+    return [transcript(model, job, wanted, language[2:-2], segments)
+            for job, language, segments in zip(jobs, languages, heard["segments"])]
 
 
 def audio_usage(seconds: float) -> dict[str, Any]:
     return {"type": "duration", "seconds": math.ceil(seconds)}
-
-
-@dataclass(slots=True)
-class Window:
-    """What is known of a window of one sound."""
-
-    start: float  # seconds
-    no_speech: float = 0.0
-    logprob: float = 0.0  # of all its tokens
-    num_tokens: int = 0
-    ended: bool = False
 
 
 class Listener(transformers.StoppingCriteria):
@@ -6217,98 +6199,79 @@ class Listener(transformers.StoppingCriteria):
 
     def __init__(self, model: Model, jobs: list[Job]) -> None:
         self.model, self.jobs, self.first_time = model, jobs, model.generation.no_timestamps_token_id + 1
-        self.windows: list[list[Window]] = [[] for _ in jobs]
-        self.progress: list[list[int]] = []  # of each job: frames done when this window began, and all
-        self.rows: list[int] = []  # the job of each row of the batch
-        self.shown: list[int] = []  # characters of each row that were told
-        self.tokens: Tensor | None = None  # [rows, tokens] of this window, a prompt before them
-        self.start: int | None = None  # of what is generated
+        self.generate = model.network.generate_with_fallback
+        self.texts = [""] * len(jobs)  # of the windows before
 
-    def enter(self, progress: Tensor) -> None:
-        """Begin a window. progress [jobs, 2]: frames done, and all."""
-        for row, i in enumerate(self.rows):
-            done, total = self.progress[i]
-            whole = progress[i, 0] - done >= min(2 * self.model.network.config.max_source_positions, total - done)
-            self.tell(row, bool(whole))
-        self.progress = progress.tolist()
-        self.rows = [i for i, (done, total) in enumerate(self.progress) if done < total]
-        self.shown, self.start = [0] * len(self.rows), None
-        for i in self.rows:
-            self.windows[i].append(Window(self.progress[i][0] / 100))
+    def hear_window(self, **arguments: Any) -> tuple:
+        """Let generate hear the next window of each sound; keep of what it computed no more than a transcript tells."""
+        self.places, begin = arguments["batch_idx_map"], arguments["decoder_input_ids"][0]  # of each row its job's place
+        self.start = len(begin)
+        self.silence_at = (begin == self.model.generation.decoder_start_token_id).nonzero()[-1, 0]
+        self.silence: Tensor | None = None  # [rows]
+        self.logprobs: list[Tensor] = []  # of each step [rows]
+        self.told: dict[int, str] = {}  # of this window, by row
+        with self.model.network.register_forward_hook(self.hear_silence):
+            sequences, outputs, *rest = self.generate(**arguments)
+        logprobs = torch.stack(self.logprobs)
+        for row, ids in enumerate(sequences):
+            if row not in self.told or (ids[-2:] >= self.first_time).tolist() == [False, True]:
+                self.tell(row, ids)  # nothing of it is heard again
+            outputs[row] = {
+                "token_timestamps": outputs[row]["token_timestamps"] if arguments["return_token_timestamps"] else None,
+                "window": {"seek": int(arguments["seek"][self.places[row]]), "no_speech_prob": self.silence[row].item(),
+                           "avg_logprob": logprobs[:len(ids) + 1, row].mean().item()}}
+            self.texts[self.places[row]] += self.told[row]
+        return sequences, outputs, *rest
 
-    def hear(self, _: torch.nn.Module, __: tuple, inputs: dict[str, Any], output: Any) -> None:
+    def hear_silence(self, _: torch.nn.Module, __: tuple, output: Any) -> None:
         """Take the logits [rows, tokens, vocab] of a window's first step: those after its start tell silence."""
-        if self.rows and self.start is None:
-            begin = (inputs["decoder_input_ids"][0] == self.model.generation.decoder_start_token_id).nonzero()[-1, 0]
-            silence = output.logits[:, begin].float().softmax(-1)[:, self.first_time - 2].tolist()
-            for i, probability in zip(self.rows, silence):
-                self.windows[i][-1].no_speech = probability
+        if self.silence is None:
+            self.silence = output.logits[:, self.silence_at].float().softmax(-1)[:, self.first_time - 2]
 
     def weigh(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Take the scores [rows, vocab] of a step as Whisper's own rules leave them, which is how others weigh them too."""
-        self.logprobs = scores.float().log_softmax(-1)
+        self.scores = scores.float().log_softmax(-1)
         return scores
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         """Take the tokens [rows, tokens] that a step brought to an end; return which rows to end."""
-        self.tokens, chosen = input_ids, input_ids[:, -1:]
-        self.start = input_ids.shape[1] - 1 if self.start is None else self.start
-        for i, id, logprob in zip(self.rows, chosen[:, 0].tolist(), self.logprobs.gather(1, chosen)[:, 0].tolist()):
-            if not (window := self.windows[i][-1]).ended:
-                window.logprob, window.num_tokens = window.logprob + logprob, window.num_tokens + 1
-                window.ended = id in self.model.eos_token_ids
+        self.logprobs.append(self.scores.gather(1, input_ids[:, -1:])[:, 0])
         for row in (input_ids[:, -2:] >= self.first_time).all(1).nonzero()[:, 0].tolist():
-            self.tell(row, False)
+            self.tell(row, input_ids[row, self.start:])
         if all(job.closed for job in self.jobs):
             raise InterruptedError("nobody waits for it any more")
-        return torch.tensor([self.jobs[i].closed for i in self.rows], device=input_ids.device)
+        return torch.tensor([self.jobs[i].closed for i in self.places], device=input_ids.device)
 
-    def tell(self, row: int, whole: bool) -> None:
-        """Tell the text of a row up to the last pair of times, or all of it."""
-        ids = self.tokens[row, self.start:]
-        if not whole:
-            times = ids >= self.first_time
-            ids = ids[:(times[1:] & times[:-1]).nonzero().amax() + 1] if (times[1:] & times[:-1]).any() else ids[:0]
-        text = self.model.tokenizer.decode(ids, skip_special_tokens=True)
-        if text[self.shown[row]:]:
-            self.jobs[self.rows[row]].tell(text[self.shown[row]:])
-        self.shown[row] = len(text)
+    def tell(self, row: int, ids: Tensor) -> None:
+        """Tell the text of a window, after that of the windows before."""
+        self.told[row] = self.model.tokenizer.decode(ids, skip_special_tokens=True)
+        place = self.places[row]
+        self.jobs[place].tell(self.texts[place] + self.told[row])
 
 
 @contextmanager
 def sitting_in(network: transformers.PreTrainedModel, listener: Listener) -> Iterator[None]:
     """Let the listener hear the network; its encoder keeps the last result, since what tells a language is heard next.
 
-    Words want the attention of the decoder alone: generate would have the encoder's too, keep all of it, with the scores, for
-    every window (gigabytes of an hour), and leave the network slower.
+    Words want the attention of the decoder alone: generate would have the encoder's too, and leave the network slower.
     """
     encoder, attention, last = network.get_encoder(), network.config._attn_implementation, []
-    encode, retrieve = encoder.forward, network._retrieve_segment
+    encode = encoder.forward
 
-    def encode_once(features: Tensor | None = None, **inputs: Any) -> Any:
-        features = inputs["input_features"] if features is None else features
-        if not last or not torch.equal(last[0], features):
-            last[:] = features, encode(features)
+    def encode_once(input_features: Tensor, **_: Any) -> Any:
+        if not last or not torch.equal(last[0], input_features):
+            last[:] = input_features, encode(input_features)
         return last[1]
 
-    def retrieve_little(**arguments: Any) -> tuple[list[dict[str, Any]], Any]:
-        segments, offset = retrieve(**arguments)
-        for segment in segments if arguments["return_token_timestamps"] else ():
-            segment["result"] = {"token_timestamps": segment["result"]["token_timestamps"]}
-        return segments, offset
-
-    encoder.forward, network._retrieve_segment = encode_once, retrieve_little
-    hook = network.register_forward_hook(listener.hear, with_kwargs=True)
+    encoder.forward, network.generate_with_fallback = encode_once, listener.hear_window
     try:
         yield
     finally:
-        hook.remove()
-        del encoder.forward, network._retrieve_segment
+        del encoder.forward, network.generate_with_fallback
         network.config._attn_implementation = attention
 
 
-def transcript(model: Model, job: Job, wanted: Hearing, language: str, segments: list[dict[str, Any]],
-               windows: list[Window]) -> dict[str, Any]:
+def transcript(model: Model, job: Job, wanted: Hearing, language: str, segments: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what was heard of a sound as verbose_json has it."""
     from transformers.models.whisper.tokenization_whisper import LANGUAGES, _collate_word_timestamps
 
@@ -6319,11 +6282,9 @@ def transcript(model: Model, job: Job, wanted: Hearing, language: str, segments:
         if not text.strip():
             continue
         start, end = (round(min(float(segment[edge]), duration), 2) for edge in ("start", "end"))
-        window = [window for window in windows if window.start <= float(segment["start"]) + 1e-3][-1]
         shown.append({
-            "id": len(shown), "seek": round(100 * window.start), "start": start, "end": end, "text": text, "tokens": ids,
-            "temperature": wanted.temperature, "avg_logprob": window.logprob / max(1, window.num_tokens),
-            "compression_ratio": len(text.encode()) / len(zlib.compress(text.encode())), "no_speech_prob": window.no_speech})
+            "id": len(shown), "start": start, "end": end, "text": text, "tokens": ids, "temperature": wanted.temperature,
+            "compression_ratio": len(text.encode()) / len(zlib.compress(text.encode())), **segment["result"]["window"]})
         if wanted.words:
             times = [round(min(time, duration), 2) for time in segment["token_timestamps"].tolist()]
             spans = [(id, (times[max(0, k - 1)], times[k])) for k, id in enumerate(ids) if id < min(model.special_ids)]
@@ -6388,11 +6349,7 @@ def written(vector: Tensor, encoding_format: str | None) -> list[float] | str:
 
 async def encoded(engine: BatchEngine, prompts: list[Prompt]) -> list[Tensor]:
     """Return the vectors of an encoder."""
-    jobs = [Job((embed,), prompt.token_ids, len(prompt.token_ids)) for prompt in prompts]
-    async with aclosing(engine.follow(jobs)) as news:
-        async for _ in news:
-            pass
-    return [job.result for job in jobs]
+    return await engine.results([Job((embed,), prompt.token_ids, len(prompt.token_ids)) for prompt in prompts])
 
 
 def embed(model: Model, jobs: list[Job]) -> list[Tensor]:
@@ -6549,14 +6506,12 @@ async def openapi() -> Response:
 @app.get("/docs")
 async def docs() -> Response:
     """Describe every endpoint to people."""
-    found, parts = description(), ["<!DOCTYPE html><meta charset=utf-8><title>serve.py</title><h1>serve.py</h1>"]
-    for path, methods in sorted(found["paths"].items()):
-        for method, about in methods.items():
-            text = about["summary"] + " " + json.dumps(about.get("requestBody", {}).get("content", ""))
-            parts.append(f"<h2>{method.upper()} {html.escape(path)}</h2><p>{html.escape(text)}</p>")
-    parts.append(f"<pre>{html.escape(json.dumps(found['components']['schemas'], indent=1))}</pre>")
-    return Response("\n".join(parts), content_type="text/html; charset=utf-8",
-                    headers={"Content-Security-Policy": "default-src 'none'"})
+    found = description()
+    endpoints = [f"{method.upper():7}{path:30}{about['summary']}" for path, methods in sorted(found["paths"].items())
+                 for method, about in methods.items()]
+    text = html.escape("\n".join([*endpoints, "", json.dumps(found, indent=1)]))
+    return Response(f"<!DOCTYPE html><meta charset=utf-8><title>serve.py</title><h1>serve.py</h1><pre>{text}</pre>",
+                    content_type="text/html; charset=utf-8", headers={"Content-Security-Policy": "default-src 'none'"})
 
 
 @app.post("/reset")
@@ -6741,8 +6696,8 @@ async def chat_page() -> Response:
 # Opens the port, then loads the models; the engines and hypercorn are siblings in one nursery, which signals end.
 
 
-async def serve(config: Config, listener: socket.socket, stop: trio.Event) -> int:
-    """Serve until `stop` is set; return the exit code."""
+async def serve(config: Config, listener: socket.socket, stop: trio.Event | None = None) -> int:
+    """Serve until `stop` is set, or else until a signal; return the exit code."""
     http = hypercorn.config.Config()
     http.bind = [f"fd://{listener.fileno()}"]
     http.certfile, http.keyfile = config.certfile, config.keyfile
@@ -6752,6 +6707,9 @@ async def serve(config: Config, listener: socket.socket, stop: trio.Event) -> in
     app.config["MAX_CONTENT_LENGTH"] = int(config.max_body_size)
     code = 0
     async with trio.open_nursery() as nursery:
+        if stop is None:
+            stop = trio.Event()
+            nursery.start_soon(drain_on_signal, config.grace_period, stop)
         app.models = ModelPool(config, nursery)
         app.tool_servers = {label: ToolServer(label, settings) for label, settings in (config.mcp_config or {}).items()}
         app.remote_servers = {}
@@ -6778,15 +6736,6 @@ async def serve(config: Config, listener: socket.socket, stop: trio.Event) -> in
     return code
 
 
-async def serve_until_signal(config: Config, listener: socket.socket) -> int:
-    stop = trio.Event()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(drain_on_signal, config.grace_period, stop)
-        code = await serve(config, listener, stop)
-        nursery.cancel_scope.cancel()
-    return code
-
-
 async def cancel_after(wait: Callable[[], Any], scope: trio.CancelScope) -> None:
     await wait()
     scope.cancel()
@@ -6795,11 +6744,11 @@ async def cancel_after(wait: Callable[[], Any], scope: trio.CancelScope) -> None
 def end(code: int) -> None:
     """End the process at once, and those that it has started: a download, a compiler, a server of tools."""
     children = psutil.Process().children(recursive=True)
-    for child in children:
-        with suppress(psutil.NoSuchProcess):
-            child.terminate()
-    for child in psutil.wait_procs(children, 0.5)[1]:
-        child.kill()
+    for stop in (psutil.Process.terminate, psutil.Process.kill):
+        for child in children:
+            with suppress(psutil.NoSuchProcess):
+                stop(child)
+        children = psutil.wait_procs(children, 0.5)[1]
     logging.shutdown()
     os._exit(code)  # a thread amid a load would be torn down with the interpreter, and abort the process
 
@@ -6823,19 +6772,20 @@ def end_soon(code: int) -> None:
 async def drain_on_signal(grace_period: float, stop: trio.Event) -> None:
     """At the first SIGINT or SIGTERM refuse new requests and wait for the running ones; at the second do not wait."""
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async for _ in signals:
-            app.draining = True
-            log.info("shutting down: %d requests have %.0f s to finish; a second signal ends them", app.active, grace_period)
-            with trio.move_on_after(grace_period):
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(cancel_after, signals.__anext__, nursery.cancel_scope)
-                    while app.active:
-                        await trio.sleep(0.05)
-                    nursery.cancel_scope.cancel()
-            if app.active:
-                log.warning("%d requests were cut off", app.active)
-            stop.set()
-            end_soon(0)
+        await anext(signals)
+        app.draining = True
+        log.info("shutting down: %d requests have %.0f s to finish; a second signal ends them", app.active, grace_period)
+        with trio.move_on_after(grace_period) as patience:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(cancel_after, signals.__anext__, patience)
+                while app.active:
+                    await trio.sleep(0.05)
+                nursery.cancel_scope.cancel()
+        if app.active:
+            log.warning("%d requests were cut off", app.active)
+        stop.set()
+        end_soon(0)
+        await trio.sleep_forever()  # a third signal changes nothing
 
 
 class LogFormatter(logging.Formatter):
@@ -6872,7 +6822,7 @@ def main(argv: list[str]) -> int:
         print(f"serve.py: cannot listen on {config.host}:{config.port}: {error}", file=sys.stderr)
         return 2
     try:
-        return trio.run(serve_until_signal, config, listener)
+        return trio.run(serve, config, listener)
     except Exception:  # an engine cannot go on: whoever supervises the process starts another
         log.critical("the server has crashed", exc_info=True)
         return 1

@@ -306,7 +306,7 @@ def test_a_model_without_times_is_heard_by_transformers_pipeline(tmp_path: Path)
     with torch.inference_mode():
         inputs = extractor(samples, sampling_rate=16000, return_tensors="pt")
         (want,) = tokenizer.batch_decode(network(inputs.input_values).logits.argmax(-1))
-        (got,) = serve.transcribe(model, [job], serve.Hearing("transcribe", None, None, 0.0, False), 1)
+        (got,) = serve.transcribe(model, [job], serve.Hearing("transcribe", None, (), 0.0, False), 1)
     assert got["text"] == want.strip() and len(want) > 5 and got["usage"]["seconds"] == 2
     for fields, param in (({"language": "en"}, "language"), ({"prompt": "x"}, "prompt"), ({"temperature": 0.5}, "temperature"),
                           ({"response_format": "srt"}, "response_format")):

@@ -1,5 +1,6 @@
 """The queue of models that answer whole inputs: what is computed together, what fails alone, who is turned away."""
 import functools
+import time
 import types
 from collections.abc import Callable
 
@@ -40,9 +41,10 @@ async def test_jobs_of_one_key_and_like_sizes_are_computed_together(autojump_clo
             ended.append(error.status)
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(engine.run)
         with trio.move_on_after(0):  # who leaves before its turn is not computed
             await follow(left)
+        assert engine.idle
+        nursery.start_soon(engine.run)
         async with trio.open_nursery() as clients:
             for job in (*jobs, other):
                 clients.start_soon(follow, job)
@@ -67,15 +69,21 @@ async def test_a_full_queue_and_a_dropped_model(autojump_clock: trio.testing.Moc
     assert [refusal.value.status for refusal in (full, heavy, gone)] == [429, 429, 503]
 
 
-async def test_news_come_in_order_and_before_the_result() -> None:
+async def test_news_come_once_and_before_the_result() -> None:
+    """Of two jobs that fail together, each is told again when it is tried alone."""
     def compute(model: object, jobs: list[serve.Job]) -> list[str]:
-        for text in "abc":
-            jobs[0].tell(text)
+        for text in ("a", "ab", "abc")[:4 - len(jobs)]:
+            for job in jobs:
+                job.tell(text)
+            time.sleep(0.01)
+        if len(jobs) > 1:
+            raise RuntimeError("too many")
         return ["abc"]
 
     engine = serve.BatchEngine(types.SimpleNamespace(id="fake"), functools.partial(serve.beside, 1), 8, 8)
-    job = serve.Job((compute,), None, 1)
+    jobs = [serve.Job((compute,), None, 1), serve.Job((compute,), None, 1)]
     async with trio.open_nursery() as nursery:
         nursery.start_soon(engine.run)
-        assert [text async for text in engine.follow([job])] == ["a", "b", "c"] and job.result == "abc"
+        assert "".join([text async for text in engine.follow(jobs)]) == "abcabc"
+        assert [job.result for job in jobs] == ["abc", "abc"]
         nursery.cancel_scope.cancel()
