@@ -1479,8 +1479,9 @@ def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, a
         "scale": q.shape[-1] ** -0.5 if scaling is None else scaling, "window": sliding_window or 0, "softcap": softcap or 0.0,
         "sinks": s_aux if s_aux is not None else getattr(module, "sinks", None)}
     batch = runner.batch.to(q.device)
-    out = runner.attention(q, k, v, k_cache, v_cache, batch.slot_mapping, batch.block_tables, batch.cu_seqlens_q,
-                           batch.seq_lens, **options, **runner.hints(batch))
+    with torch.cuda.device_of(q):  # where Triton launches; on a CPU it does nothing
+        out = runner.attention(q, k, v, k_cache, v_cache, batch.slot_mapping, batch.block_tables, batch.cu_seqlens_q,
+                               batch.seq_lens, **options, **runner.hints(batch))
     return out.unsqueeze(0), None
 
 
@@ -1544,6 +1545,7 @@ class PagedRunner:
         self.logits = self.chosen = None  # where graphs leave logits; the tokens that one has chosen in this step
         self.graphs: dict[int, tuple[Ragged, Callable[[], None]]] = {}  # rows → what a graph reads, and what launches it
         self.takes_hints = "decodes" in inspect.signature(kernel).parameters
+        self.spread = len(set((getattr(model.network, "hf_device_map", None) or {}).values())) > 1
         self.keeps_logits = "logits_to_keep" in inspect.signature(model.network.forward).parameters
 
     def layer_cache(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -1636,7 +1638,8 @@ class PagedRunner:
     def compute(self, batch: Ragged) -> Tensor:
         """Run a batch through the network."""
         self.batch, self.chosen = batch, None
-        keep = {"logits_to_keep": batch.logits_rows} if self.keeps_logits else {}
+        rows = batch.logits_rows.cpu() if self.spread else batch.logits_rows  # the last layer is on another GPU
+        keep = {"logits_to_keep": rows} if self.keeps_logits else {}
         ids = batch.input_ids
         if batch.sources is not None:
             ids = torch.cat([ids[0], self.last]).index_select(0, batch.sources)[None]
@@ -1809,7 +1812,11 @@ def step_peaks(runner: PagedRunner, tokens: int) -> dict[torch.device, int]:
     before = {device: torch.cuda.memory_allocated(device) for device in devices}
     for device in devices:
         torch.cuda.reset_peak_memory_stats(device)
-    advance(runner, dict(zip((first, *others), lengths)))
+    try:
+        advance(runner, dict(zip((first, *others), lengths)))
+    except torch.OutOfMemoryError:
+        raise APIError(400, f"A step of {tokens} tokens does not fit beside the weights: lower --max-batch-tokens",
+                       "no_memory") from None
     peaks = {device: torch.cuda.max_memory_allocated(device) - before[device] for device in devices}
     runner.resize(2)
     torch.cuda.empty_cache()
@@ -1833,6 +1840,11 @@ def self_test(runner: PagedRunner) -> str | None:
         return "encoder-decoder"
     if kinds - {"full_attention", "sliding_attention"} or getattr(text, "attention_chunk_size", None):
         return "layers: " + ", ".join(sorted(kinds))
+    ropes = getattr(text, "rope_parameters", None) or {}
+    for rope in (ropes, *(kind for kind in ropes.values() if isinstance(kind, dict))):
+        short = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+        if rope.get("rope_type") == "longrope" and short and runner.model.max_model_len > short:
+            return f"its rotary embedding goes by the longest of a batch; not with --max-model-len {short}"
     own = network.config._attn_implementation
     text_configs = {name for name in network.config.sub_configs if getattr(network.config, name) is text}
     (one, two), sights = scratch_sequences(runner, 13, 9), sight_sequences(runner)
@@ -2192,7 +2204,7 @@ def adjust(logits: Tensor, sequences: list[Sequence]) -> Tensor:
         if (params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty or params.logit_bias
                 or seq.num_generated_tokens < params.min_tokens):
             if scores is logits:
-                scores = logits.float().clone()
+                scores = logits.to(torch.float32, copy=True)
             adjust_row(scores[row], seq)
     if rows := [row for row, seq in enumerate(sequences) if seq.matcher]:
         if scores is logits:
@@ -2542,15 +2554,22 @@ def grammar_error(matcher: llguidance.LLMatcher) -> APIError:
 # The waist: `submit` gives HTTP a stream of tokens, `step` moves every sequence on by one turn of the batch.
 
 
+def make_current(device: str) -> None:
+    """Make a GPU the one that this thread's kernels, streams and graphs are for."""
+    if torch.device(device).type == "cuda" and torch.device(device).index is not None:
+        torch.cuda.set_device(device)
+
+
 class EngineThread:
     """The one thread on which every forward pass runs: inference mode and the OpenMP team belong to a thread."""
 
-    def __init__(self, num_threads: int | None) -> None:
+    def __init__(self, num_threads: int | None, device: str = "cpu") -> None:
         self.jobs: queue.SimpleQueue = queue.SimpleQueue()
-        threading.Thread(target=self.work, args=(num_threads,), name="engine", daemon=True).start()
+        threading.Thread(target=self.work, args=(num_threads, device), name="engine", daemon=True).start()
 
-    def work(self, num_threads: int | None) -> None:
+    def work(self, num_threads: int | None, device: str) -> None:
         torch.set_num_threads(num_threads or torch.get_num_threads())
+        make_current(device)
         with torch.inference_mode():
             while True:
                 function = self.jobs.get()
@@ -3212,13 +3231,14 @@ class ModelPool:
     def __init__(self, config: Config, nursery: trio.Nursery) -> None:
         self.config, self.nursery = config, nursery
         self.num_threads = config.threads or torch.get_num_threads()
-        self.thread = EngineThread(self.num_threads)
+        self.thread = EngineThread(self.num_threads, config.device)
         named = [config.force_model] if config.force_model else list(config.models) or [DEFAULT_MODEL]
         self.named = list(dict.fromkeys(name.removesuffix("@main") for name in named))
         bases = {self.default, self.public_id(self.default)}
         self.adapters = {id: name for name in config.adapters for id in (name, *(f"{base}:{name}" for base in bases))}
         self.loaded: dict[str, Loaded] = {}
         self.loading = trio.Lock()
+        self.locating = trio.CapacityLimiter(16)  # threads that wait for a hub, perhaps after nobody does
         self.started = False
 
     @property
@@ -3304,7 +3324,8 @@ class ModelPool:
     async def find(self, loaded: Loaded) -> Checkpoint:
         """Find or fetch a model's files; an unknown name is known to be so within 5 s. Raises APIError 404."""
         with trio.move_on_after(5) as lookup:
-            place = await trio.to_thread.run_sync(locate, loaded.name, loaded.pinned, abandon_on_cancel=True)
+            place = await trio.to_thread.run_sync(locate, loaded.name, loaded.pinned, limiter=self.locating,
+                                                  abandon_on_cancel=True)
         if lookup.cancelled_caught:
             raise unknown_model(loaded.name)
         try:
@@ -3320,6 +3341,7 @@ class ModelPool:
     def build(self, loaded: Loaded, checkpoint: Checkpoint) -> Engine | BatchEngine:
         """Load a checkpoint and everything that runs it. Takes seconds: not for the trio thread."""
         torch.set_num_threads(self.num_threads)
+        make_current(self.config.device)
         kernel, name = choose_attention(self.config.attention, torch.device(self.config.device))
         block_size = self.config.block_size if name != "flash-attn" else -(-self.config.block_size // 256) * 256
         model = load_model(loaded.name, checkpoint, self.config, loaded.name == self.default,
@@ -3472,7 +3494,8 @@ async def fetched(url: urllib.parse.SplitResult, where: str, allowed: tuple[str,
 
 async def connected(host: str, port: int, where: str, allowed: tuple[str, ...]) -> trio.SocketStream:
     """Return a connection to an address that was checked: no name is looked up a second time. Raises APIError 400."""
-    found = await trio.socket.getaddrinfo(host, port, type=trio.socket.SOCK_STREAM)
+    resolve = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    found = await trio.to_thread.run_sync(resolve, limiter=app.resolving, abandon_on_cancel=True)
     places = [(family, place) for family, _, _, _, place in found if host in allowed or is_public(place[0])]
     if not places:
         raise media_error(f"{host} is not a public address: see --allowed-media-domain.", where)
@@ -4086,6 +4109,7 @@ class App(QuartTrio):
     settings: Config
     rendering = trio.CapacityLimiter(4)  # threads that turn messages into tokens
     decoding = trio.CapacityLimiter(2)  # threads that turn files into sound
+    resolving = trio.CapacityLimiter(16)  # threads that wait for resolvers, perhaps after nobody does
     tool_servers: dict[str, ToolServer]
     remote_servers: dict[bytes, ToolServer]
     responses: ResponseStore
@@ -4579,14 +4603,18 @@ class ToolServer:
         if self.client is None:
             return CallResult(f"The server of this tool is not running: {self.reason}", True)
         try:
+            given = msgspec.json.decode(arguments or "{}", type=dict[str, Any])
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            return CallResult(f"The arguments are not a JSON object: {error}", True)
+        try:
             with trio.fail_after(app.settings.mcp_timeout):
-                result = await self.client.call_tool(name, msgspec.json.decode(arguments or "{}", type=dict[str, Any]))
+                text = result_text(result := await self.client.call_tool(name, given))
         except trio.TooSlowError:
             return CallResult(f"The tool did not answer within {app.settings.mcp_timeout:g} s.", True)
         except Exception as error:  # of a library, about a server that is not ours
             self.doubt()
             return CallResult(f"The call failed: {error}", True)
-        text, limit = result_text(result), app.settings.mcp_max_result
+        limit = app.settings.mcp_max_result
         cut = f"\n[Cut here: it has {len(text)} characters.]" if len(text) > limit else ""
         return CallResult(text[:limit] + cut, bool(result.is_error))
 
@@ -5368,11 +5396,11 @@ class ResponseStore:
 
     async def save(self, response: dict[str, Any], items: list[dict[str, Any]], frames: list[bytes]) -> None:
         """Keep a response, and no more of the others than there is room for."""
-        texts = encode(response).decode(), encode(items).decode()
+        texts = encode(response), encode(items)
         packed = await trio.to_thread.run_sync(zlib.compress, b"".join(frames), 1)
         try:
             await self.run("INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?, ?, ?)", response["id"], time.time(),
-                           sum(map(len, texts)) + len(packed), *texts, packed)
+                           sum(map(len, texts)) + len(packed), *map(bytes.decode, texts), packed)
             await self.run(EVICT, STORED_RESPONSES, STORED_BYTES)
         except sqlite3.Error as error:  # a full disk is no reason to withhold an answer
             log.error("a response was not stored: %s", error)
@@ -5559,7 +5587,8 @@ async def create_response() -> Response:
         error.param = error.param and re.sub(r"\.function|\.json_schema$", "", re.sub("^messages.*", "input", error.param))
         raise
     if body.background:
-        await app.responses.save(live.response, live.items, [])
+        with trio.CancelScope(shield=True):  # it is made whoever waits for it
+            await app.responses.save(live.response, live.items, [])
         app.live[live.response["id"]] = live
         app.models.nursery.start_soon(run_in_background, live, events)
         return event_stream(followed(live, 0), end=b"") if body.stream else json_response(live.response)
@@ -5779,6 +5808,8 @@ def render_fitting(render: Callable[..., Prompt], max_len: int, kept: int, messa
                 raise
             return False
 
+    if not starts:
+        return render(messages, tools=tools)
     first = starts[min(bisect.bisect_left(starts, True, key=fits), len(starts) - 1)]
     return render(messages[:kept] + messages[first:], tools=tools)
 
@@ -5995,8 +6026,11 @@ async def run_in_background(live: LiveResponse, frames: AsyncIterator[bytes]) ->
     finally:
         if not live.ended:
             stopped = None if live.scope.cancel_called else APIError(503, "The server was shut down.", "shutting_down")
-            with trio.CancelScope(shield=True):
-                await fail(live, "failed" if stopped else "cancelled", stopped)
+            try:
+                with trio.CancelScope(shield=True):
+                    await fail(live, "failed" if stopped else "cancelled", stopped)
+            except Exception:  # of this one response
+                log.exception("a background response could not be ended")
         del app.live[live.response["id"]]
         app.active -= 1
 

@@ -92,6 +92,9 @@ def is_healthy(url: str) -> bool:
         return False
 
 
+APP_STATE = [*serve.App.__annotations__, "draining"]
+
+
 class LocalServer:
     """The server on a thread of this process, so that a test can look into its engine."""
 
@@ -115,6 +118,7 @@ class LocalServer:
             self.error = error
 
     def start(self) -> LocalServer:
+        self.before = {name: vars(serve.app)[name] for name in APP_STATE if name in vars(serve.app)}
         self.thread.start()
         deadline = time.monotonic() + 120
         while not is_healthy(self.url):
@@ -125,6 +129,7 @@ class LocalServer:
     def stop(self) -> None:
         self.token.run_sync_soon(self.stop_event.set)
         self.thread.join(20)
+        vars(serve.app).update(self.before)  # the app is one: what another server of this process serves with goes on
         assert not self.thread.is_alive() and self.error is None, self.error
 
     @property

@@ -164,7 +164,7 @@ def test_what_cannot_be_enforced_is_named(server: LocalServer, schema: dict, wor
     ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs"),
     ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
-    ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "schema"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "response_format.json_schema"),
     ({"response_format": json_schema({"enum": ["x" * 100] * 3000})}, "response_format"),
     ({"structured_outputs": {"regex": "a" * 300_000}}, "structured_outputs.regex"),
 ], ids=lambda value: str(value)[:70])
