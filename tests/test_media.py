@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import base64
 import io
+import socket
 import ssl
 import struct
 import subprocess
@@ -19,7 +20,6 @@ import pytest
 import serve
 import sights
 import transformers
-import trio
 from conftest import LocalServer, http
 
 PICTURE = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 36, 3), dtype=np.uint8))
@@ -163,14 +163,16 @@ def test_servers_that_misbehave(seeing: LocalServer, pictures: str, path: str, r
 
 
 def test_a_name_is_looked_up_once(seeing: LocalServer, pictures: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    asked, real = [], socket.getaddrinfo
 
-    async def lookup(host: str, port: int, **_: object) -> list[tuple]:
+    def lookup(host: str, port: int, *arguments: object, **options: object) -> list[tuple]:
+        if not host.endswith(".example"):
+            return real(host, port, *arguments, **options)
         asked.append(host)
         address = "127.0.0.1" if len(asked) < 2 else LINK_LOCAL
-        return [(trio.socket.AF_INET, trio.socket.SOCK_STREAM, 6, "", (address, port))]
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))]
 
-    monkeypatch.setattr(trio.socket, "getaddrinfo", lookup)
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
     port = pictures.rpartition(":")[2]
     assert show(seeing, part(f"http://Pictures.example:{port}/a.png")) == (200, None)
     assert asked == ["pictures.example"] and Pictures.seen == [("/a.png", f"Pictures.example:{port}")]
@@ -192,11 +194,14 @@ def test_tls_is_for_the_name(seeing: LocalServer, tmp_path: Path, monkeypatch: p
     context.load_cert_chain(certificate, key)
     server.socket = context.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    real = socket.getaddrinfo
 
-    async def lookup(host: str, port: int, **_: object) -> list[tuple]:
-        return [(trio.socket.AF_INET, trio.socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+    def lookup(host: str, port: int, *arguments: object, **options: object) -> list[tuple]:
+        if not host.endswith(".example"):
+            return real(host, port, *arguments, **options)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
 
-    monkeypatch.setattr(trio.socket, "getaddrinfo", lookup)
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
     port = server.server_address[1]
     assert show(seeing, part(f"https://pictures.example:{port}/a.png"))[0] == 400, "nobody vouches for this certificate"
     monkeypatch.setattr(serve, "tls", lambda: ssl.create_default_context(cafile=str(certificate)))
